@@ -1,0 +1,50 @@
+"""Fanfold runs models in parallel on the compute units there are, with the result one unit would give.
+
+    import fanfold as ff
+    vectors = ff.embed(["a text", "another"])             # ndarray [2, d]
+    run = ff.embed("docs.jsonl", "out/", column="text")   # run.summary, run.table(), run.report
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fanfold.job.embed import embed as embed
+    from fanfold.job.engines import shutdown as shutdown
+    from fanfold.job.verify import verify as verify
+    from fanfold.merge import Concat as Concat
+    from fanfold.merge import Count as Count
+    from fanfold.merge import Mean as Mean
+    from fanfold.merge import Sum as Sum
+    from fanfold.merge import Weighted as Weighted
+
+_PUBLIC = {
+    "embed": "fanfold.job.embed",
+    "verify": "fanfold.job.verify",
+    "shutdown": "fanfold.job.engines",
+    "Concat": "fanfold.merge",
+    "Count": "fanfold.merge",
+    "Mean": "fanfold.merge",
+    "Sum": "fanfold.merge",
+    "Weighted": "fanfold.merge",
+}
+
+__all__ = ["Concat", "Count", "Mean", "Sum", "Weighted", "embed", "shutdown", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used: `import fanfold` stays light."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fanfold' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

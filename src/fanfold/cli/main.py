@@ -1,0 +1,207 @@
+"""The command line: reads flags, calls the job, prints; nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from fanfold.errors import FanfoldError, InternalError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+app = App(
+    name="fanfold",
+    help="Run a model over a whole dataset on every core, with the result that one core would give.",
+    version=lambda: __import__("fanfold").__version__,
+    help_format="plaintext",
+)
+
+
+def main() -> None:
+    """Entry point of the command `fanfold`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of one command."""
+    from cyclopts import CycloptsError
+
+    verbose = "--verbose" in arguments
+    try:
+        result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        code = result if isinstance(result, int) else 0
+        sys.stdout.flush()
+        return code
+    except CycloptsError as error:
+        return _usage(error)
+    except FanfoldError as error:
+        return _report(error, verbose)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has left; keep Python from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if verbose:
+            raise
+        return _report(
+            InternalError(
+                "fanfold " + " ".join(arguments[:1]),
+                found=f"{type(error).__name__}: {error}",
+                allowed="no error that Fanfold does not know",
+                do="run again with --verbose and report what it prints",
+            ),
+            verbose,
+        )
+
+
+def _usage(error: Any) -> int:
+    text = " ".join(str(error).split())
+    print(
+        f"Usage: {text}\n  do:      fanfold {_command(error)}--help".replace("  --help", " --help"), file=sys.stderr
+    )
+    return 2
+
+
+def _command(error: Any) -> str:
+    chain = getattr(error, "command_chain", None) or ()
+    return " ".join(chain) + " " if chain else ""
+
+
+def _report(error: FanfoldError, verbose: bool) -> int:
+    if verbose:
+        import traceback
+
+        traceback.print_exc()
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _keep(text: str) -> str | tuple[str, ...]:
+    return text if text in ("all", "none") else tuple(name for name in text.split(",") if name)
+
+
+@app.command
+def embed(
+    *inputs: str,
+    out: Annotated[str | None, Parameter(name=["-o", "--out"])] = None,
+    model: str | None = None,
+    column: str = "text",
+    on: str = "cpu",
+    keep: str = "all",
+    id: str | None = None,  # noqa: A002
+    prefix: str = "",
+    prefix_text: str | None = None,
+    prompt_name: str | None = None,
+    max_length: int | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+    on_error: str = "quarantine",
+    max_failures: str | None = None,
+    memory_per_unit: str | None = None,
+    limit: int | None = None,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    config: str | None = None,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+    verbose: Annotated[bool, Parameter(negative="")] = False,
+    no_color: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Turn texts into vectors: INPUT... -o OUT.
+
+    Running the same command again goes on where it stopped.
+
+    Parameters
+    ----------
+    inputs
+        Files, folders, quoted globs, - for JSONL on stdin, or URLs: JSONL, CSV, Parquet, text (a row a line).
+    out
+        A folder, or a file .parquet, .jsonl or .csv.
+    model
+        A model folder or a Hugging Face id; the demo model if left away.
+    column
+        The column that holds the text.
+    on
+        Where to run: inline, cpu (all allowed cores), cpu:N, cuda, cuda:0,1.
+    keep
+        Input columns kept in the output: all, none, or names with commas.
+    id
+        The column that names a row in quarantine.jsonl.
+    prefix
+        Put before the names of the result columns.
+    prefix_text
+        Put before every text.
+    prompt_name
+        A prompt that the model's files name.
+    max_length
+        Tokens kept of a text; the model's own limit if left away.
+    dtype
+        float32 or bfloat16.
+    revision
+        The model's commit, tag or branch on the hub.
+    on_error
+        Failed rows: quarantine (set aside), null (kept with empty results), or stop.
+    max_failures
+        Stop above this many failed rows: a number or a share such as 5%.
+    memory_per_unit
+        The most a unit may hold, for example 2GB.
+    limit
+        Only the first so many rows.
+    overwrite
+        Start anew.
+    dry_run
+        Say what would be done, and stop.
+    config
+        A TOML file with these flags as keys; flags given here win.
+    json_
+        Print the summary as JSON on stdout.
+    quiet
+        Say nothing but errors.
+    verbose
+        Say more; show tracebacks.
+    no_color
+        No colors (also the variable NO_COLOR).
+    """
+    from fanfold.job.command import EmbedFlags, run_embed
+
+    flags = EmbedFlags(
+        inputs=inputs,
+        out=out,
+        model=model,
+        column=column,
+        on=on,
+        keep=_keep(keep),
+        id=id,
+        prefix=prefix,
+        prefix_text=prefix_text,
+        prompt_name=prompt_name,
+        max_length=max_length,
+        dtype=dtype,
+        revision=revision,
+        on_error=on_error,
+        max_failures=max_failures,
+        memory_per_unit=memory_per_unit,
+        limit=limit,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    run = run_embed(flags, config=config, quiet=quiet, color=_color(no_color))
+    if json_:
+        print(json.dumps(run.summary if not dry_run else run.plan, indent=2))
+    return run.exit_code
+
+
+def _color(no_color: bool) -> bool:
+    return not no_color and not os.environ.get("NO_COLOR")
+
+
+if __name__ == "__main__":
+    main()

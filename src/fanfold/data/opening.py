@@ -1,0 +1,91 @@
+"""From inputs as a user names them to a source."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+from fanfold.data.csv import csv_decoder, read_header
+from fanfold.data.jsonl import jsonl_decoder
+from fanfold.data.lines import BLOCK_BYTES, Cutter, Rules, blocks
+from fanfold.data.listing import STDIN, compression, list_inputs
+from fanfold.data.parquet import parquet_source
+from fanfold.data.records import Decoder, LineSource, Record, read_records
+from fanfold.data.spool import Replay, SpoolSource, open_stream
+from fanfold.data.text import text_decoder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from fanfold.data.source import Form, InputFile, Source
+
+
+def open_source(
+    inputs: Sequence[str],
+    *,
+    column: str = "text",
+    id_column: str | None = None,
+    keep: Literal["all", "none"] | Sequence[str] = "all",
+    form: Form = "typed",
+    spool: Path | None = None,
+    limit: int | None = None,
+    stdin: BinaryIO | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> Source:
+    """The rows of all inputs as one source, its schema fixed, its columns checked.
+
+    `spool` is the folder for windows of compressed or streamed inputs; `limit` takes the first rows only;
+    `stdin` stands in for standard input. Raises: InputError.
+    """
+    listing = list_inputs(inputs)
+    files = listing.files
+    wanted: str | tuple[str, ...] = keep if isinstance(keep, str) else tuple(dict.fromkeys(keep))
+    settings: dict[str, Any] = {"column": column, "id_column": id_column, "keep": wanted, "form": form}
+    if listing.family == "parquet":
+        return parquet_source(files, limit=limit, **settings)
+    replay = Replay(stdin or sys.stdin.buffer) if files[0].path == STDIN else None
+    decoder: Decoder
+    if listing.family == "text":
+        decoder = text_decoder(**settings)
+    elif listing.family == "csv":
+        headers = [(f.path, h) for f in files if (h := _header(f.path, block_bytes)) is not None]
+        decoder = csv_decoder(headers, **settings)
+    else:
+        heads = itertools.islice(_heads(files, replay, block_bytes), limit)
+        decoder = jsonl_decoder(heads, files, **settings)
+    if replay or any(compression(file.path) for file in files):
+        return SpoolSource(
+            files=files, decoder=decoder, spool=spool, limit=limit, block_bytes=block_bytes, stdin=replay
+        )
+    return LineSource(files=files, decoder=decoder, limit=limit, block_bytes=block_bytes)
+
+
+def _heads(files: Sequence[InputFile], replay: Replay | None, block_bytes: int) -> Iterator[Record]:
+    """The records of all files from the first on, read as far as they are taken."""
+    for index, file in enumerate(files):
+        handle = replay.peek() if replay else open_stream(file.path)
+        try:
+            yield from _records(handle, index, file.path, "jsonl", block_bytes)
+        finally:
+            handle.close()
+
+
+def _header(path: str, block_bytes: int) -> tuple[str, ...] | None:
+    """The header of a CSV file, None where the file has no record at all."""
+    handle = open_stream(path)
+    try:
+        block_at_a_time = min(block_bytes, 1 << 16)
+        for record in _records(handle, 0, path, "csv", block_at_a_time):
+            return read_header(record.data or b"", path)
+    finally:
+        handle.close()
+    return None
+
+
+def _records(handle: BinaryIO, file: int, path: str, rules: Rules, block_bytes: int) -> Iterator[Record]:
+    """Every record of a stream from its beginning, a header too."""
+    cutter = Cutter(rules, at_file_start=True, passes_header=False)
+    handed = blocks(handle, path=path, block_bytes=block_bytes)
+    return read_records(handed, cutter, file=file, offset=0)

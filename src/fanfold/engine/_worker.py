@@ -1,0 +1,251 @@
+"""The program of a unit: `python -m fanfold.engine._worker FD`, started by the supervisor, never by hand.
+
+Two roles. A *zygote* imports once what the job names, stays at one thread, and forks workers on request; it
+ends them all when the parent goes. A *worker* carries out assignments until told to close.
+Signals that a terminal sends to the whole group are left to the parent.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+from fanfold.engine.wire import Channel, Closed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """The first message to a new process."""
+
+    role: str  # zygote or worker
+    sys_path: tuple[str, ...]
+    imports: tuple[str, ...] = ()
+    unit: Any = None
+    threads: int = 1
+
+
+def main() -> None:
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        hello: Hello = channel.receive()
+    except Closed:
+        return
+    sys.path[:] = hello.sys_path
+    if hello.role == "zygote":
+        _zygote(channel, hello)
+    else:
+        _worker(channel, hello)
+
+
+# -- zygote -------------------------------------------------------------------------------------------
+
+
+def num_threads() -> int:
+    """Threads of this process, also those that Python does not know of."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        import threading
+
+        return threading.active_count()
+
+
+def _import_all(names: tuple[str, ...]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            pass  # the worker that needs it says so, with the pip line
+
+
+def _zygote(channel: Channel, hello: Hello) -> None:
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_write, False)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    _import_all(hello.imports)
+    children: set[int] = set()
+    channel.send(("ready", num_threads()))
+    gc.collect()
+    gc.freeze()
+    try:
+        while True:
+            select.select([channel, wake_read], [], [])
+            while select.select([wake_read], [], [], 0)[0]:
+                os.read(wake_read, 512)
+            for pid in list(children):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    children.discard(pid)
+                    channel.send(("exited", pid, os.waitstatus_to_exitcode(status)))
+            for message in channel.drain():
+                match message:
+                    case ("import", names):
+                        _import_all(names)
+                        channel.send(("ready", num_threads()))
+                    case ("fork", ticket, child_hello):
+                        sock_fd, stderr_fd = channel.fds[:2]
+                        del channel.fds[:2]
+                        pid = os.fork()
+                        if pid == 0:
+                            _become_worker(channel, wake_read, wake_write, sock_fd, stderr_fd, child_hello)
+                        os.close(sock_fd)
+                        os.close(stderr_fd)
+                        children.add(pid)
+                        channel.send(("forked", ticket, pid))
+    except Closed:
+        pass  # the parent is gone: nothing of it stays behind
+    finally:
+        for pid in children:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
+def _become_worker(
+    zygote: Channel, wake_read: int, wake_write: int, sock_fd: int, stderr_fd: int, hello: Hello
+) -> None:
+    """In the fork: cut the ties to the zygote, work, and leave without returning."""
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        die_with_parent()
+        zygote.close()
+        os.close(wake_read)
+        os.close(wake_write)
+        os.dup2(stderr_fd, 2)
+        os.dup2(stderr_fd, 1)
+        os.close(stderr_fd)
+        sys.path[:] = hello.sys_path
+        _worker(Channel(socket.socket(fileno=sock_fd)), hello)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def die_with_parent() -> None:
+    """The kernel ends this process when its parent ends (Linux), even while it is stuck in C code."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+# -- worker -------------------------------------------------------------------------------------------
+
+
+def _worker(channel: Channel, hello: Hello) -> None:
+    import faulthandler
+
+    from fanfold.engine.engine import Desk
+
+    faulthandler.enable()  # a crash leaves its stack on stderr, which the parent keeps
+    _watch_parent(channel)
+    stop = False
+
+    def stopping() -> bool:
+        nonlocal stop
+        if not stop:
+            for message in channel.drain():
+                stop = stop or message == ("stop",)
+        return stop
+
+    desk = Desk(hello.unit, beat=lambda rows, tokens: channel.send(("beat", rows, tokens)), stopping=stopping)
+    work: Any = None
+    channel.send(("up", os.getpid()))
+    try:
+        while True:
+            match channel.receive():
+                case ("work", body):
+                    import pickle
+
+                    work = pickle.loads(body)
+                    stop = False
+                case ("do", assignment):
+                    _do(channel, work, assignment, desk)
+                case ("run", body, rank, size):
+                    _run_program(channel, body, rank, size)
+                case ("stop",):
+                    stop = True
+                case ("close",):
+                    return
+    except Closed:
+        return
+
+
+def _do(channel: Channel, work: Any, assignment: Any, desk: Any) -> None:
+    from fanfold.engine.engine import Failure
+
+    try:
+        result = work.carry_out(assignment, desk)
+    except Closed:
+        raise
+    except BaseException as error:
+        failure = Failure(error=portable(error), traceback=traceback.format_exc())
+        channel.send(("failed", failure, desk.take_spans()))
+    else:
+        channel.send(("done", result, desk.take_spans()))
+
+
+def _run_program(channel: Channel, body: bytes, rank: int, size: int) -> None:
+    import pickle
+
+    try:
+        pickle.loads(body)(rank, size, channel)
+    except Closed:
+        raise
+    except BaseException as error:
+        channel.send(("failed", portable(error), traceback.format_exc()))
+    else:
+        channel.send(("finished",))
+
+
+def portable(error: BaseException) -> BaseException:
+    """The error itself where it survives pickling, else one that says the same."""
+    import pickle
+
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _watch_parent(channel: Channel) -> None:
+    """Where the kernel does not end orphans (macOS), a thread does."""
+    if sys.platform == "linux":
+        return
+    import threading
+    import time
+
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

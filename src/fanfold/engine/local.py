@@ -1,0 +1,248 @@
+"""Local processes: one worker per unit, replaced when it dies, all gone when the parent is."""
+
+from __future__ import annotations
+
+import selectors
+import time
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+
+from fanfold.engine.engine import Failure
+from fanfold.engine.group import Group
+from fanfold.engine.supervisor import START_TIMEOUT_S, Process, Supervisor
+from fanfold.engine.wire import Closed
+from fanfold.errors import UnitLost
+from fanfold.events import Batch, UnitDied, UnitReady
+from fanfold.events import Work as WorkEvent
+
+if TYPE_CHECKING:
+    from fanfold.engine.engine import Agenda, Assignment, GroupHandle, Program, Work
+    from fanfold.plan.plan import Unit
+
+_IDLE_POLL_S = 0.01  # while a unit is idle and the input is still being scanned
+_BUSY_POLL_S = 0.5
+_MAX_EARLY_DEATHS = 3  # deaths in a row of a unit that never finished anything
+_STOP_GRACE_S = 10.0
+
+
+class _Seat:
+    """A unit's place: the process that fills it at present, and what it is doing."""
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+        self.process: Process | None = None
+        self.assignment: Assignment | None = None
+        self.work: bytes | None = None  # what the process was last given
+        self.early_deaths = 0
+        self.told_to_stop = False
+
+
+class Local:
+    """Units of this machine as worker processes. Workers stay warm between calls until `close`."""
+
+    def __init__(self, units: tuple[Unit, ...], *, imports: tuple[str, ...] = (), threads: int = 1) -> None:
+        self._supervisor = Supervisor(imports=imports, threads=threads)
+        self._seats = [_Seat(unit) for unit in units]
+        self.imports = imports
+        self.threads = threads
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return tuple(seat.unit for seat in self._seats)
+
+    def warm_up(self) -> None:
+        """Begin the imports now; returns at once."""
+        self._supervisor.warm_up()
+
+    def resize(self, units: tuple[Unit, ...]) -> None:
+        """Use these units from now on; processes of units that stay are kept."""
+        kept = {seat.unit: seat for seat in self._seats}
+        for seat in self._seats:
+            if seat.unit not in units:
+                self._dismiss(seat)
+        self._seats = [kept.get(unit) or _Seat(unit) for unit in units]
+
+    def carry_out(self, work: Work, agenda: Agenda) -> None:
+        body = cloudpickle.dumps(work)
+        try:
+            for seat in self._seats:
+                seat.early_deaths = 0
+                seat.told_to_stop = False
+                if seat.process is None:
+                    self._fill(seat)
+                elif seat.process.up and seat.process.pid is not None:
+                    agenda.tell(UnitReady(at_s=time.monotonic(), unit=seat.unit.name, pid=seat.process.pid))
+            self._loop(body, agenda)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _loop(self, body: bytes, agenda: Agenda) -> None:
+        stop_by_s: float | None = None
+        while True:
+            if agenda.stopping:
+                stop_by_s = stop_by_s or time.monotonic() + _STOP_GRACE_S
+                self._tell_to_stop()
+                if time.monotonic() > stop_by_s:
+                    self._abandon()
+            elif not agenda.done:
+                self._hand_out(body, agenda)
+            running = any(seat.assignment for seat in self._seats)
+            if not running and (agenda.done or agenda.stopping):
+                return
+            idle = any(seat.assignment is None for seat in self._seats)
+            self._wait(_IDLE_POLL_S if idle and not agenda.done else _BUSY_POLL_S)
+            self._collect(agenda)
+
+    def _hand_out(self, body: bytes, agenda: Agenda) -> None:
+        for seat in self._seats:
+            process = seat.process
+            if process is None or not process.up or seat.assignment is not None:
+                continue
+            assignment = agenda.next_for(seat.unit)
+            if assignment is None:
+                continue
+            seat.assignment = assignment
+            try:
+                if seat.work is not body:
+                    process.channel.send(("work", body))
+                    seat.work = body
+                process.channel.send(("do", assignment))
+            except Closed:
+                pass  # its end is noticed when its channel is read
+
+    def _wait(self, timeout_s: float) -> None:
+        with selectors.DefaultSelector() as selector:
+            for seat in self._seats:
+                if seat.process is not None:
+                    selector.register(seat.process.channel, selectors.EVENT_READ)
+                    if seat.process.stderr.open:
+                        selector.register(seat.process.stderr.fd, selectors.EVENT_READ)
+            if self._supervisor.watched is not None:
+                selector.register(self._supervisor.watched, selectors.EVENT_READ)
+            selector.select(timeout_s)
+
+    def _collect(self, agenda: Agenda) -> None:
+        """Read all that has arrived; results that arrived together are committed together."""
+        self._supervisor.read_news()
+        results: list[tuple[Unit, Assignment, Any]] = []
+        failures: list[tuple[_Seat, Assignment, Failure]] = []
+        dead: list[_Seat] = []
+        for seat in self._seats:
+            process = seat.process
+            if process is None:
+                continue
+            process.stderr.read()
+            try:
+                messages = process.channel.drain()
+            except Closed:
+                dead.append(seat)
+                continue
+            for message in messages:
+                self._read(seat, message, agenda, results, failures)
+            if not process.up and time.monotonic() - process.started_s > START_TIMEOUT_S:
+                process.kill()
+        if results:
+            agenda.finished(results)
+        for seat, assignment, failure in failures:
+            agenda.failed(seat.unit, assignment, failure)
+        for seat in dead:
+            self._replace(seat, agenda)
+
+    def _read(
+        self,
+        seat: _Seat,
+        message: Any,
+        agenda: Agenda,
+        results: list[tuple[Unit, Assignment, Any]],
+        failures: list[tuple[_Seat, Assignment, Failure]],
+    ) -> None:
+        name = seat.unit.name
+        match message:
+            case ("up", pid):
+                assert seat.process is not None
+                seat.process.up, seat.process.pid = True, pid
+                agenda.tell(UnitReady(at_s=time.monotonic(), unit=name, pid=pid))
+            case ("beat", rows, tokens):
+                agenda.tell(Batch(at_s=time.monotonic(), unit=name, rows=rows, tokens=tokens))
+            case ("done" | "failed" as kind, outcome, spans):
+                assignment, seat.assignment = seat.assignment, None
+                assert assignment is not None
+                for span in spans:
+                    agenda.tell(
+                        WorkEvent(
+                            at_s=span.start_s,
+                            unit=name,
+                            kind=span.kind,
+                            elapsed_s=span.elapsed_s,
+                            detail=span.detail,
+                        )
+                    )
+                if kind == "done":
+                    seat.early_deaths = 0
+                    results.append((seat.unit, assignment, outcome))
+                else:
+                    failures.append((seat, assignment, outcome))
+
+    # -- processes ------------------------------------------------------------------------------------
+
+    def _fill(self, seat: _Seat) -> None:
+        seat.process = self._supervisor.start(seat.unit)
+        seat.work = None
+
+    def _replace(self, seat: _Seat, agenda: Agenda) -> None:
+        process, assignment = seat.process, seat.assignment
+        assert process is not None
+        cause = self._supervisor.exit_cause(process)
+        last_words = process.stderr.text()
+        self._drop(seat)
+        seat.early_deaths += 1
+        agenda.tell(UnitDied(at_s=time.monotonic(), unit=seat.unit.name, cause=cause))
+        agenda.lost(seat.unit, assignment, cause + (f"\n{last_words}" if last_words else ""))
+        if seat.early_deaths >= _MAX_EARLY_DEATHS:
+            raise UnitLost(
+                f"{seat.unit.name}: a worker that stays alive",
+                found=f"{seat.early_deaths} deaths in a row without one result; the last: {cause}"
+                + (f"; its last words:\n{last_words}" if last_words else ""),
+                allowed=f"fewer than {_MAX_EARLY_DEATHS} deaths in a row",
+                do="look at the last words; if it was killed, give it more memory or use fewer units (--on cpu:1)",
+            )
+        if not agenda.stopping:
+            self._fill(seat)
+
+    def _tell_to_stop(self) -> None:
+        for seat in self._seats:
+            if seat.assignment is not None and not seat.told_to_stop and seat.process is not None:
+                seat.told_to_stop = True
+                try:
+                    seat.process.channel.send(("stop",))
+                except Closed:
+                    pass
+
+    def _drop(self, seat: _Seat) -> None:
+        if seat.process is not None:
+            seat.process.channel.close()
+            seat.process.stderr.close()
+        seat.process = seat.assignment = seat.work = None
+
+    def _dismiss(self, seat: _Seat) -> None:
+        if seat.process is not None:
+            seat.process.kill()
+            if seat.process.popen is not None:
+                seat.process.popen.wait()
+        self._drop(seat)
+
+    def _abandon(self) -> None:
+        """End what is still running; idle workers stay warm."""
+        for seat in self._seats:
+            if seat.assignment is not None or (seat.process is not None and not seat.process.up):
+                self._dismiss(seat)
+
+    def start_group(self, program: Program, size: int) -> GroupHandle:
+        return Group(self._supervisor, self._seats[0].unit, program, size)
+
+    def close(self) -> None:
+        for seat in self._seats:
+            self._dismiss(seat)
+        self._supervisor.close()

@@ -1,0 +1,504 @@
+"""The job's side of a run: gives out work, commits what comes back, remembers what failed.
+
+The parent alone commits. A lease's file is published under a name that depends on its pieces, never on the
+attempt; then one checksummed line goes to the log. What is in the log is done, whatever happens next.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fanfold.data import journal
+from fanfold.data.source import RowFailure, Span, Window
+from fanfold.engine.engine import Assignment
+from fanfold.engine.schedule import Assemble, Compute, Load, Prepare, Schedule
+from fanfold.errors import DataError, DifferenceFound, FanfoldError, InternalError, PieceFailed, UnitLost, cause_line
+from fanfold.events import Event, InputEnded, Note, WindowFound, WindowPrepared
+from fanfold.job.prepare import is_sound
+from fanfold.job.work import (
+    CommittedLease,
+    LeaseDone,
+    PartDone,
+    PreparedWindow,
+    WindowDetail,
+    WindowResult,
+    items_name,
+    kept_name,
+    lease_name,
+    part_name,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from fanfold.data.durable import PosixStore
+    from fanfold.data.source import Source
+    from fanfold.engine.engine import Failure
+    from fanfold.plan.plan import Unit
+    from fanfold.quantity import Limit
+
+MAX_ATTEMPTS = 3
+
+
+class Feed:
+    """Windows of the input, looked for by a thread a little ahead of the work."""
+
+    def __init__(self, source: Source, window_rows: int, after: Window | None, ahead: int) -> None:
+        self._queue: queue.Queue[Window | BaseException | None] = queue.Queue(maxsize=ahead)
+        self._closed = False
+        self._windows = source.windows(window_rows, after)
+        self._thread = threading.Thread(target=self._scan, name="fanfold-scan", daemon=True)
+        self._thread.start()
+
+    def _scan(self) -> None:
+        last: BaseException | None = None
+        try:
+            for window in self._windows:
+                if not self._put(window):
+                    return
+        except BaseException as error:
+            last = error
+        self._put(last)
+
+    def _put(self, item: Window | BaseException | None) -> bool:
+        while not self._closed:
+            try:
+                self._queue.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def take(self) -> Iterator[Window | None]:
+        """Windows found by now; None at the input's end. Raises what the scan raised."""
+        while True:
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            if item is None:
+                return
+
+    def close(self) -> None:
+        self._closed = True
+
+
+@dataclass(slots=True)
+class _OpenWindow:
+    """A window between found and assembled."""
+
+    detail: WindowDetail
+    rows: tuple[int, ...] = ()  # per piece
+    leases: dict[int, tuple[int, str, str]] = field(default_factory=dict)  # first -> last, name, sha256
+    failed: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Totals:
+    """What the log says so far, and what this run has added."""
+
+    rows_found: int = 0
+    num_windows: int = 0
+    rows_computed: int = 0
+    rows_resumed: int = 0
+    rows_assembled: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    num_leases: int = 0
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    parts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    retries: dict[str, int] = field(default_factory=dict)
+
+
+class JobAgenda:
+    """Implements engine.Agenda for a job with a source, a task and a run folder."""
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        store: PosixStore,
+        schedule: Schedule,
+        suffix: str,
+        windows_per_part: int,
+        on_error: str = "quarantine",
+        max_failures: Limit | None = None,
+        tell: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self._source = source
+        self._store = store
+        self._schedule = schedule
+        self._suffix = suffix
+        self._windows_per_part = windows_per_part
+        self._on_error = on_error
+        self._max_failures = max_failures
+        self._tell = tell
+        self._open: dict[int, _OpenWindow] = {}
+        self._loaded: set[str] = set()
+        self._attempts: dict[tuple[Any, ...], int] = {}
+        self._ended = False
+        self._stop = False
+        self._feed: Feed | None = None
+        self._last_window: Window | None = None
+        self._scanned_bytes = 0
+        self.totals = Totals()
+
+    # -- starting and resuming ------------------------------------------------------------------------
+
+    def restore(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Take over what an earlier run has committed."""
+        costs: dict[int, tuple[int, ...]] = {}
+        for entry in entries:
+            match entry["kind"]:
+                case "window":
+                    costs[entry["window"]] = tuple(entry["costs"])
+                    self._found(_window_of(entry))
+                    self._know(entry["window"], entry)
+                case "lease":
+                    window = self._open[entry["window"]]
+                    window.leases[entry["first"]] = (entry["last"], entry["name"], entry["sha256"])
+                    self._count_lease(window, entry)
+                    self.totals.rows_resumed += entry["rows"]
+                case "part":
+                    self.totals.parts[entry["part"]] = entry
+                    self.totals.rows_assembled += entry["rows"]
+                    for index in range(entry["first"], entry["last"] + 1):
+                        del self._open[index]
+        for index, window in sorted(self._open.items()):
+            done = [(first, last) for first, (last, _, _) in window.leases.items()]
+            self._schedule.window_known(index, costs[index], done)
+
+    def start(self, window_rows: int, ahead: int) -> None:
+        """Begin to look for windows behind the last known one."""
+        self._feed = Feed(self._source, window_rows, self._last_window, ahead)
+
+    def request_stop(self) -> None:
+        """Running pieces end and are committed; nothing new begins."""
+        self._stop = True
+
+    def close(self) -> None:
+        if self._feed is not None:
+            self._feed.close()
+
+    # -- engine.Agenda --------------------------------------------------------------------------------
+
+    def next_for(self, unit: Unit) -> Assignment | None:
+        self._take_windows()
+        instruction = self._schedule.next_for(unit.name)
+        if instruction is None and unit.name not in self._loaded:
+            self._loaded.add(unit.name)
+            return Assignment(Load())
+        match instruction:
+            case Prepare():
+                return Assignment(instruction, self._open[instruction.window].detail)
+            case Compute():
+                self._loaded.add(unit.name)
+                return Assignment(instruction, self._open[instruction.window].detail)
+            case Assemble():
+                windows = range(instruction.first, instruction.last + 1)
+                return Assignment(instruction, tuple(self._result(index) for index in windows))
+        return None
+
+    @property
+    def done(self) -> bool:
+        self._take_windows()
+        return self._schedule.done
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop
+
+    def finished(self, results: Sequence[tuple[Unit, Assignment, Any]]) -> None:
+        entries: list[dict[str, Any]] = []
+        leftovers: list[str] = []
+        folders: set[str] = set()
+        for unit, assignment, result in results:
+            match assignment.instruction:
+                case Prepare() as prepare:
+                    if self._schedule.prepared(unit.name, prepare, result.costs):
+                        entries.append(self._window_entry(prepare.window, result))
+                case Compute() as lease:
+                    if self._schedule.computed(unit.name, lease, result.last, result.elapsed_s):
+                        entries.append(self._publish_lease(lease, result))
+                        folders.add("pieces")
+                    else:
+                        leftovers.append(result.temporary)
+                case Assemble() as part:
+                    if self._schedule.assembled(unit.name, part):
+                        entries.append(self._publish_part(part, result))
+                        folders.add("data")
+                    else:
+                        leftovers.append(result.temporary)
+        for folder in sorted(folders):
+            self._store.sync_folder(folder)
+        if entries:
+            journal.append(self._store, entries)
+        for entry in entries:
+            if entry["kind"] == "part":
+                self._clean_up(entry)
+        for name in leftovers:
+            self._store.remove(name)
+        self._check_failures()
+
+    def failed(self, unit: Unit, assignment: Assignment, failure: Failure) -> None:
+        self._schedule.gave_up(unit.name)
+        error = failure.error
+        if isinstance(error, FanfoldError) and not isinstance(error, DataError):
+            raise error
+        if isinstance(assignment.instruction, Load):
+            raise error
+        self._retry(assignment, "exception", cause_line(error), failure)
+
+    def lost(self, unit: Unit, assignment: Assignment | None, cause: str) -> None:
+        self._loaded.discard(unit.name)
+        self._schedule.gave_up(unit.name)
+        self._tell(Note(at_s=time.monotonic(), text=f"{unit.name} {cause.splitlines()[0]}; replaced"))
+        if assignment is not None:
+            self._retry(assignment, "unit lost", cause, None)
+
+    def tell(self, event: Event) -> None:
+        self._tell(event)
+
+    # -- inside ---------------------------------------------------------------------------------------
+
+    def _take_windows(self) -> None:
+        while self._feed is not None and not self._ended and self._schedule.wants_window:
+            window = next(self._feed.take(), self._feed)
+            if window is self._feed:
+                return
+            if window is None:
+                self._ended = True
+                self._schedule.input_ended(self.totals.num_windows)
+                self._tell(InputEnded(at_s=time.monotonic(), rows=self.totals.rows_found))
+            else:
+                assert isinstance(window, Window)
+                self._found(window)
+                self._schedule.window_found(window.index)
+
+    def _found(self, window: Window) -> None:
+        self._open[window.index] = _OpenWindow(WindowDetail(window=window))
+        self._last_window = window
+        self.totals.rows_found += window.num_rows
+        self.totals.num_windows += 1
+        self._scanned_bytes += sum(span.stop - span.start for span in window.spans)
+        total = self._source.total_bytes
+        share = min(1.0, self._scanned_bytes / total) if total and window.sha256 is None else None
+        self._tell(WindowFound(at_s=time.monotonic(), rows=window.num_rows, scanned_share=share))
+
+    def _window_entry(self, index: int, result: PreparedWindow) -> dict[str, Any]:
+        window = self._open[index].detail.window
+        entry: dict[str, Any] = {
+            "kind": "window",
+            "window": index,
+            "first_row": window.first_row,
+            "num_rows": window.num_rows,
+            "spans": [list(asdict(span).values()) for span in window.spans],
+            "sha256": window.sha256,
+            "costs": list(result.costs),
+            "rows": list(result.rows),
+            "tokens": result.tokens,
+            "truncated": result.truncated,
+            "items_sha256": result.items_sha256,
+            "kept_sha256": result.kept_sha256,
+            "failed": [asdict(failure) for failure in result.failures],
+        }
+        self._know(index, entry)
+        return entry
+
+    def _know(self, index: int, entry: dict[str, Any]) -> None:
+        """The window is prepared."""
+        window = self._open[index]
+        window.detail = WindowDetail(
+            window=window.detail.window, items_sha256=entry["items_sha256"], kept_sha256=entry["kept_sha256"]
+        )
+        window.rows = tuple(entry["rows"])
+        self.totals.truncated += entry["truncated"]
+        self._note_failures(window, entry["failed"], piece=None)
+        tokens = sum(entry["costs"])
+        self._tell(WindowPrepared(at_s=time.monotonic(), rows=window.detail.window.num_rows, tokens=tokens))
+
+    def _publish_lease(self, lease: Compute, result: LeaseDone) -> dict[str, Any]:
+        window = self._open[lease.window]
+        expected = sum(window.rows[lease.first : result.last + 1])
+        if result.rows != expected:
+            raise InternalError(
+                f"window {lease.window} pieces {lease.first}-{result.last}: {expected} rows",
+                found=f"{result.rows} rows came back",
+                allowed="every row once",
+                do="report this",
+            )
+        name = lease_name(lease.window, lease.first, result.last)
+        self._publish(result.temporary, name, result.sha256)
+        entry = {
+            "kind": "lease",
+            "window": lease.window,
+            "first": lease.first,
+            "last": result.last,
+            "attempt": lease.attempt,
+            "rows": result.rows,
+            "tokens": result.tokens,
+            "padded_tokens": result.padded_tokens,
+            "name": name,
+            "sha256": result.sha256,
+            "failed": [],
+        }
+        window.leases[lease.first] = (result.last, name, result.sha256)
+        self._count_lease(window, entry)
+        return entry
+
+    def _count_lease(self, window: _OpenWindow, entry: dict[str, Any]) -> None:
+        self.totals.rows_computed += entry["rows"]
+        self.totals.tokens += entry["tokens"]
+        self.totals.padded_tokens += entry["padded_tokens"]
+        self.totals.num_leases += 1
+        self._note_failures(window, entry["failed"], piece=entry["first"])
+
+    def _publish_part(self, part: Assemble, result: PartDone) -> dict[str, Any]:
+        name = part_name(part.part, self._suffix)
+        self._publish(result.temporary, name, result.sha256)
+        entry = {
+            "kind": "part",
+            "part": part.part,
+            "first": part.first,
+            "last": part.last,
+            "name": name,
+            "rows": result.rows,
+            "bytes": result.num_bytes,
+            "sha256": result.sha256,
+            "window_sha256": list(result.window_sha256),
+        }
+        self.totals.parts[part.part] = entry
+        self.totals.rows_assembled += result.rows
+        return entry
+
+    def _publish(self, temporary: str, name: str, sha256: str) -> None:
+        """Put it under its name. What stands there already was published before its line could be written."""
+        if self._store.put_if_absent(temporary, name):
+            return
+        if not is_sound(self._store.path(name), sha256):
+            raise DifferenceFound(
+                f"publishing {name}",
+                found="a file of that name whose bytes differ from what was computed now",
+                allowed="the same bytes every time",
+                do=f"keep both ({name}, {temporary}) and report this; --overwrite starts anew",
+            )
+        self._store.remove(temporary)
+
+    def _clean_up(self, entry: dict[str, Any]) -> None:
+        """The part is logged: what it was made of may go."""
+        for index in range(entry["first"], entry["last"] + 1):
+            window = self._open.pop(index)
+            for _, name, _ in window.leases.values():
+                self._store.remove(name)
+            self._store.remove(items_name(index))
+            self._store.remove(kept_name(index))
+            self._source.release(index)
+
+    def _result(self, index: int) -> WindowResult:
+        window = self._open[index]
+        leases = [CommittedLease(name=name, sha256=sha256) for _, (_, name, sha256) in sorted(window.leases.items())]
+        return WindowResult(detail=window.detail, leases=tuple(leases), failed=frozenset(window.failed))
+
+    def _note_failures(self, window: _OpenWindow, failures: list[dict[str, Any]], piece: int | None) -> None:
+        for failure in failures:
+            window.failed.add(failure["offset"])
+            self.totals.failures.append(
+                {
+                    "row": window.detail.window.first_row + failure["offset"],
+                    "id": failure["id"],
+                    "error": failure["error"],
+                    "message": failure["message"],
+                    "window": window.detail.window.index,
+                    "piece": piece,
+                    "attempts": failure.get("attempts", 1),
+                }
+            )
+
+    def _check_failures(self) -> None:
+        num_failed = len(self.totals.failures)
+        if not num_failed:
+            return
+        last = self.totals.failures[-1]
+        if self._on_error == "stop":
+            first = min(self.totals.failures, key=lambda failure: failure["row"])
+            raise DataError(
+                "every row without an error (--on-error stop)",
+                found=f"row {first['row']}: {first['error']}: {first['message']}",
+                allowed="no failed row",
+                do="fix the row and run the same command again, or use --on-error quarantine",
+            )
+        seen = self.totals.rows_computed + num_failed
+        if self._max_failures is not None and seen >= 100 and not self._max_failures.allows(num_failed, seen):
+            raise DataError(
+                f"at most {self._max_failures} failed rows (--max-failures)",
+                found=f"{num_failed} of {seen} rows failed; the last: {last['error']}: {last['message']}",
+                allowed=str(self._max_failures),
+                do="look at quarantine.jsonl; run the same command with a higher limit to go on",
+            )
+
+    def _retry(self, assignment: Assignment, kind: str, cause: str, failure: Failure | None) -> None:
+        """Count the attempt; PieceFailed or UnitLost after the last one."""
+        self.totals.retries[kind] = self.totals.retries.get(kind, 0) + 1
+        instruction = assignment.instruction
+        key: tuple[Any, ...] = (type(instruction).__name__,)
+        match instruction:
+            case Compute():
+                key = (*key, instruction.window, instruction.first)
+            case Prepare():
+                key = (*key, instruction.window)
+            case Assemble():
+                key = (*key, instruction.part)
+        attempts = self._attempts[key] = self._attempts.get(key, 0) + 1
+        if attempts < MAX_ATTEMPTS:
+            return
+        what = _shown(instruction, self._open)
+        if failure is None:
+            raise UnitLost(
+                what,
+                found=f"{attempts} units died doing it; the last: {cause}",
+                allowed=f"fewer than {MAX_ATTEMPTS} deaths",
+                do="look at the last words; run the same command again to go on",
+            )
+        raise PieceFailed(
+            what,
+            found=f"it failed {attempts} times; the last error: {cause}\n{failure.traceback}",
+            allowed="errors of single rows, which are set aside",
+            do="run again with --verbose; report this if the error is not yours",
+        ) from failure.error
+
+
+def _shown(instruction: Any, windows: dict[int, _OpenWindow]) -> str:
+    match instruction:
+        case Compute():
+            window = windows[instruction.window].detail.window
+            rows = f"rows {window.first_row}-{window.first_row + window.num_rows - 1}"
+            return f"window {instruction.window} ({rows}), pieces {instruction.first}-{instruction.last}"
+        case Prepare():
+            return f"preparing window {instruction.window}"
+        case Assemble():
+            return f"assembling part {instruction.part}"
+    return str(instruction)
+
+
+def _window_of(entry: dict[str, Any]) -> Window:
+    names = ("file", "start", "stop", "rows", "first_line")
+    return Window(
+        index=entry["window"],
+        first_row=entry["first_row"],
+        num_rows=entry["num_rows"],
+        spans=tuple(Span(**dict(zip(names, span, strict=True))) for span in entry["spans"]),
+        sha256=entry["sha256"],
+    )
+
+
+def failures_of(entries: Sequence[dict[str, Any]]) -> list[RowFailure]:
+    """Every failure that the log holds."""
+    return [RowFailure(**failure) for entry in entries for failure in entry.get("failed", ())]

@@ -1,0 +1,117 @@
+"""What the command line calls: flags and a TOML file become a request, progress goes to stderr."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fanfold.errors import RequestError
+
+if TYPE_CHECKING:
+    from fanfold.job.run import Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedFlags:
+    """The flags of `fanfold embed`, by name."""
+
+    inputs: tuple[str, ...] = ()
+    out: str | None = None
+    model: str | None = None
+    column: str = "text"
+    on: str = "cpu"
+    keep: str | tuple[str, ...] = "all"
+    id: str | None = None
+    prefix: str = ""
+    prefix_text: str | None = None
+    prompt_name: str | None = None
+    max_length: int | None = None
+    dtype: str = "float32"
+    revision: str | None = None
+    on_error: str = "quarantine"
+    max_failures: str | None = None
+    memory_per_unit: str | None = None
+    limit: int | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def run_embed(flags: EmbedFlags, *, config: str | None, quiet: bool, color: bool) -> Run:
+    """Carry out `fanfold embed`."""
+    from fanfold.job.embed import embed_files
+    from fanfold.report.progress import Progress
+
+    if config is not None:
+        flags = with_config(flags, Path(config))
+    if flags.out is None:
+        raise RequestError(
+            "fanfold embed",
+            found="no -o OUT",
+            allowed="a folder, or a file .parquet, .jsonl or .csv",
+            do="add -o, for example: -o out/",
+        )
+    values = asdict(flags)
+    inputs, out = values.pop("inputs"), values.pop("out")
+    values["keep"] = flags.keep
+    if out == "-":
+        return _to_stdout(inputs, values, quiet=quiet, color=color)
+    if "-" in inputs:
+        values["stdin"] = sys.stdin.buffer
+    return embed_files(inputs, out, display=Progress(quiet=quiet, color=color), signals=True, **values)
+
+
+def _to_stdout(inputs: tuple[str, ...], values: dict[str, Any], *, quiet: bool, color: bool) -> Run:
+    """JSONL rows in order on stdout; nothing is kept, so there is nothing to resume."""
+    import shutil
+    import tempfile
+
+    from fanfold.job.embed import embed_files
+    from fanfold.report.progress import Progress
+
+    with tempfile.TemporaryDirectory(prefix="fanfold-") as folder:
+        if "-" in inputs:
+            values["stdin"] = sys.stdin.buffer
+        out = Path(folder) / "out.jsonl"
+        run = embed_files(
+            inputs, out, display=Progress(quiet=quiet, color=color), signals=True, **{**values, "sync": False}
+        )
+        if out.exists():
+            with out.open("rb") as rows:
+                shutil.copyfileobj(rows, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+        return run
+
+
+def with_config(flags: EmbedFlags, path: Path) -> EmbedFlags:
+    """The file's values where the command line left the default."""
+    import tomllib
+
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"--config {path}",
+            found=f"{type(error).__name__}: {error}",
+            allowed="a TOML file with the command's flags as keys",
+            do="check the file",
+        ) from None
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    values.pop("task", None)
+    known = {field.name: field for field in fields(EmbedFlags)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise RequestError(
+            f"--config {path}",
+            found=f"unknown key(s) {', '.join(unknown)}",
+            allowed=", ".join(known),
+            do="correct the file",
+        )
+    if isinstance(values.get("inputs"), str):
+        values["inputs"] = (values["inputs"],)
+    for name in ("inputs", "keep"):
+        if isinstance(values.get(name), list):
+            values[name] = tuple(values[name])
+    given = {name: getattr(flags, name) for name, field in known.items() if getattr(flags, name) != field.default}
+    return EmbedFlags(**{**values, **given})

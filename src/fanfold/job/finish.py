@@ -1,0 +1,205 @@
+"""The end of a job: every row accounted for, quarantine and summary written, one file made, _SUCCESS last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fanfold.data import journal
+from fanfold.data.folder import QUARANTINE, RUN, SUCCESS, SUMMARY, TRACE, write_json
+from fanfold.errors import InternalError
+
+if TYPE_CHECKING:
+    from fanfold.data.durable import PosixStore
+    from fanfold.data.folder import Output
+    from fanfold.job.agenda import Totals
+    from fanfold.job.work import JobWork
+    from fanfold.plan.plan import Plan
+    from fanfold.report.timeline import Timeline
+
+
+def finish(
+    work: JobWork, plan: Plan, store: PosixStore, output: Output, totals: Totals, timeline: Timeline
+) -> dict[str, Any]:
+    """The summary; the output stands complete under the name that the user gave."""
+    rows_failed = len({failure["row"] for failure in totals.failures})
+    rows_ok = totals.rows_found - rows_failed
+    expected = totals.rows_found if work.output.failed_as_null else rows_ok
+    if totals.rows_assembled != expected:
+        raise InternalError(
+            f"{expected} rows in the output",
+            found=f"{totals.rows_assembled} rows ({totals.rows_found} in, {rows_failed} failed)",
+            allowed="rows_in = rows_ok + rows_failed",
+            do=f"report this; the folder {store.root} is kept as it is",
+        )
+    write_quarantine(store, totals.failures)
+    parts = [entry for _, entry in sorted(totals.parts.items())]
+    if not parts:
+        parts = [_empty_part(work, store)]
+    if output.file is not None:
+        _publish_file(work, store, output.file, parts)
+    elapsed_s = time.monotonic() - timeline.start_s
+    computed = totals.rows_computed - totals.rows_resumed
+    idle_share = timeline.idle_share()
+    summary = {
+        "rows_in": totals.rows_found,
+        "rows_ok": rows_ok,
+        "rows_failed": rows_failed,
+        "rows_resumed": totals.rows_resumed,
+        "truncated": totals.truncated,
+        "elapsed_s": round(elapsed_s, 3),
+        "load_s": round(timeline.load_s(), 3),
+        "rows_per_s": round(computed / elapsed_s, 2) if elapsed_s > 0 else 0.0,
+        "tokens_per_s": round(totals.tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0,
+        "tokens": totals.tokens,
+        "padding_share": round(1 - totals.tokens / totals.padded_tokens, 4) if totals.padded_tokens else 0.0,
+        "peak_pss_bytes": timeline.peak_pss_bytes,
+        "retries": totals.retries,
+        "idle_share": round(idle_share, 4) if idle_share is not None else None,
+        "units_used": len(timeline.units_used) or len(plan.units),
+        "level": plan.numerics.level,
+        "windows": totals.num_windows,
+        "parts": len(totals.parts),
+        "output": str(output.shown),
+        "output_sha256": output_sha256(parts),
+    }
+    write_json(store, SUMMARY, summary)
+    store.replace(TRACE, timeline.trace())
+    for folder in ("windows", "spool", "pieces", "tmp"):
+        shutil.rmtree(store.path(folder), ignore_errors=True)
+    store.replace(SUCCESS, b"")
+    return summary
+
+
+def output_sha256(parts: list[dict[str, Any]]) -> str:
+    """One hash over the rows' Arrow buffers, window by window in row order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for window in part["window_sha256"]:
+            digest.update(bytes.fromhex(window))
+    return digest.hexdigest()
+
+
+def write_quarantine(store: PosixStore, failures: list[dict[str, Any]]) -> None:
+    """One line per failed row in row order; no file where there is none."""
+    if not failures:
+        store.remove(QUARANTINE)
+        return
+    lines = [
+        json.dumps({key: value for key, value in failure.items() if key != "window"}, ensure_ascii=True)
+        for failure in sorted(failures, key=lambda failure: failure["row"])
+    ]
+    store.replace(QUARANTINE, ("\n".join(lines) + "\n").encode("ascii"))
+
+
+def _empty_part(work: JobWork, store: PosixStore) -> dict[str, Any]:
+    """An input without rows still gives a readable output with the right schema."""
+    from fanfold.data.sink import open_sink
+    from fanfold.job.assemble import output_schema
+    from fanfold.job.prepare import HashingFile
+    from fanfold.job.work import part_name
+
+    temporary, name = "tmp/part-empty", part_name(0, work.output.format)
+    file = HashingFile(store.path(temporary))
+    with open_sink(work.output.format, file, output_schema(work)):
+        pass
+    file.close()
+    store.seal(temporary)
+    store.rename(temporary, name)
+    entry = {
+        "kind": "part",
+        "part": 0,
+        "first": 0,
+        "last": -1,
+        "name": name,
+        "rows": 0,
+        "bytes": file.num_bytes,
+        "sha256": file.sha256,
+        "window_sha256": [],
+    }
+    journal.append(store, [entry])
+    return entry
+
+
+def _publish_file(work: JobWork, store: PosixStore, target: Path, parts: list[dict[str, Any]]) -> None:
+    """All parts as one file, built beside the run folder's data and put in place by one rename."""
+    temporary = store.path("tmp/output")
+    names = [store.path(part["name"]) for part in parts]
+    if not all(name.exists() for name in names):
+        if target.exists():
+            return  # published by an earlier run that died before _SUCCESS
+        missing = next(name for name in names if not name.exists())
+        raise InternalError(
+            f"publishing {target}", found=f"{missing} is gone", allowed="every part", do="start anew with --overwrite"
+        )
+    temporary.parent.mkdir(exist_ok=True)
+    if len(names) == 1:
+        temporary.unlink(missing_ok=True)
+        os.link(names[0], temporary)
+    elif work.output.format == "parquet":
+        _join_parquet(names, temporary)
+    else:
+        _join_lines(names, temporary, has_header=work.output.format == "csv")
+    store.seal("tmp/output")
+    store.rename("tmp/output", str(target))
+    for name in names:
+        name.unlink()
+
+
+def _join_parquet(names: list[Path], target: Path) -> None:
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(names[0])
+    others = [field.name for field in schema if str(field.type).startswith("fixed_size_list") is False]
+    with pq.ParquetWriter(target, schema, use_dictionary=others, write_statistics=others, compression="snappy") as writer:
+        for name in names:
+            with pq.ParquetFile(name) as part:
+                for group in range(part.num_row_groups):
+                    writer.write_table(part.read_row_group(group))
+
+
+def _join_lines(names: list[Path], target: Path, *, has_header: bool) -> None:
+    """Byte for byte; the header line of all parts but the first is left away."""
+    import csv
+    import io
+
+    with target.open("wb") as joined:
+        for number, name in enumerate(names):
+            with name.open("rb") as part:
+                if has_header and number:
+                    text = io.TextIOWrapper(part, encoding="utf-8", newline="")
+                    reader = csv.reader(text)
+                    header = next(reader)
+                    text.detach()
+                    line = io.StringIO()
+                    csv.writer(line, lineterminator="\n").writerow(header)
+                    part.seek(len(line.getvalue().encode("utf-8")))
+                shutil.copyfileobj(part, joined, 1 << 20)
+
+
+def read_output(out: Path) -> Any:
+    """The whole output as an Arrow table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if out.is_dir():
+        parts = sorted((out / "data").glob("part-*.parquet"))
+        return pa.concat_tables([pq.read_table(part) for part in parts])
+    if out.suffix == ".parquet":
+        return pq.read_table(out)
+    if out.suffix == ".csv":
+        import pyarrow.csv
+
+        return pyarrow.csv.read_csv(out)
+    import pyarrow.json
+
+    return pyarrow.json.read_json(out)
+
+
+def run_json(store: PosixStore) -> Path:
+    return store.path(RUN)

@@ -1,0 +1,163 @@
+"""Prepare: read a window's rows, make tokens of them, cut them into pieces, write both down.
+
+Two files, neither durable (they can be made again): the items, one Arrow record batch per piece in the order
+of computation, and the kept columns in row order, which the assembler puts beside the results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from fanfold.job.work import JobWork, PreparedWindow, WindowDetail, items_name, kept_name
+from fanfold.split.batch import cut
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fanfold.data.durable import PosixStore
+    from fanfold.data.source import RowFailure, Window
+    from fanfold.split.batch import Cut
+    from fanfold.tasks.task import Opened
+
+# offset: the row within its window; batch: within its piece; length: what the batch is padded to
+ITEMS = pa.schema(
+    [("offset", pa.int32()), ("batch", pa.int32()), ("length", pa.int32()), ("ids", pa.list_(pa.int32()))]
+)
+
+
+class HashingFile:
+    """A file to write to, whose sha256 is known when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._hash = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self.num_bytes += self._file.write(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+def prepare_window(work: JobWork, opened: Opened, window: Window, store: PosixStore) -> PreparedWindow:
+    """Both files of the window stand in OUT/windows; the same rows always give the same files."""
+    failures: list[RowFailure] = []
+    offsets: list[int] = []
+    ids: list[np.ndarray] = []
+    truncated = 0
+    tag = f"{window.index:09d}-{os.getpid()}"
+    kept_tmp = store.path(f"tmp/k-{tag}")
+    kept_file = HashingFile(kept_tmp)
+    with pa.ipc.new_stream(pa.PythonFile(kept_file, mode="w"), work.source.kept_schema) as kept:
+        for chunk in work.source.chunks(window):
+            failures += chunk.failures
+            rows = [(chunk.offset + i, text) for i, text in enumerate(chunk.texts) if text is not None]
+            if rows:
+                prepared = opened.prepare([text for _, text in rows])
+                offsets += [offset for offset, _ in rows]
+                ids += prepared.ids
+                truncated += prepared.truncated
+            kept.write_batch(chunk.kept)
+    kept_file.close()
+    lengths = [len(row) for row in ids]
+    plan = cut(
+        offsets,
+        lengths,
+        batch_tokens=work.numerics.batch_tokens,
+        piece_batches=work.numerics.piece_batches,
+    )
+    items_tmp = store.path(f"tmp/w-{tag}")
+    items_sha256 = _write_items(items_tmp, plan, dict(zip(offsets, ids, strict=True)))
+    os.replace(kept_tmp, store.path(kept_name(window.index)))
+    os.replace(items_tmp, store.path(items_name(window.index)))
+    return PreparedWindow(
+        costs=plan.costs,
+        rows=plan.rows,
+        tokens=sum(lengths),
+        truncated=truncated,
+        failures=tuple(failures),
+        items_sha256=items_sha256,
+        kept_sha256=kept_file.sha256,
+    )
+
+
+def _write_items(path: Path, plan: Cut, ids: dict[int, np.ndarray]) -> str:
+    file = HashingFile(path)
+    with pa.ipc.new_file(pa.PythonFile(file, mode="w"), ITEMS) as writer:
+        for piece in plan.pieces:
+            order = plan.order[piece[0].start : piece[-1].stop]
+            batch_of = [number for number, batch in enumerate(piece) for _ in range(batch.rows)]
+            length_of = [batch.length for batch in piece for _ in range(batch.rows)]
+            ends = np.cumsum([0, *(len(ids[offset]) for offset in order)], dtype=np.int32)
+            flat = np.concatenate([ids[offset] for offset in order])
+            writer.write_batch(
+                pa.record_batch(
+                    [
+                        pa.array(order, pa.int32()),
+                        pa.array(batch_of, pa.int32()),
+                        pa.array(length_of, pa.int32()),
+                        pa.ListArray.from_arrays(pa.array(ends), pa.array(flat)),
+                    ],
+                    schema=ITEMS,
+                )
+            )
+    file.close()
+    return file.sha256
+
+
+def ensure_prepared(work: JobWork, opened: Opened, detail: WindowDetail, store: PosixStore) -> None:
+    """The window's files are there and sound: looked at once per process, made again where they are not."""
+    window = detail.window
+    for name, sha256 in ((items_name(window.index), detail.items_sha256), (kept_name(window.index), detail.kept_sha256)):
+        if not is_sound(store.path(name), sha256):
+            _forget(store)
+            prepare_window(work, opened, window, store)
+            return
+
+
+_sound: set[tuple[str, int, int, int, str]] = set()
+
+
+def is_sound(path: Path, sha256: str | None) -> bool:
+    """Whether the file has this hash; read again only if inode, size or time of change differ."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return False
+    key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, sha256 or "")
+    if key in _sound:
+        return True
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            return False
+    if len(_sound) > 10_000:
+        _sound.clear()
+    _sound.add(key)
+    return True
+
+
+def _forget(store: PosixStore) -> None:
+    root = str(store.root)
+    _sound.difference_update([key for key in _sound if key[0].startswith(root)])

@@ -1,0 +1,70 @@
+"""What a user asks of a job, whatever the task: inputs, output, where, and what to do with bad rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fanfold.errors import RequestError
+from fanfold.quantity import parse_bytes, parse_share
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fanfold.quantity import Limit
+
+ON_ERROR = ("quarantine", "null", "stop")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One job. Field names are the command line's flags."""
+
+    inputs: tuple[str, ...]
+    out: Path
+    column: str = "text"
+    id: str | None = None
+    keep: str | tuple[str, ...] = "all"
+    on: str = "cpu"
+    on_error: str = "quarantine"
+    max_failures: str | None = None
+    memory_per_unit: str | None = None
+    limit: int | None = None
+    prefix: str = ""
+    overwrite: bool = False
+    dry_run: bool = False
+    sync: bool = True  # False only for folders that die with the process
+    stdin: Any = field(default=None)
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ON_ERROR:
+            raise RequestError(
+                f"--on-error {self.on_error}",
+                found="no such policy",
+                allowed=", ".join(ON_ERROR),
+                do="leave it away to set failed rows aside",
+            )
+        if self.limit is not None and self.limit < 0:
+            raise RequestError(
+                f"--limit {self.limit}", found="a negative number", allowed="0 or more rows", do="choose a number"
+            )
+
+    @property
+    def failure_limit(self) -> Limit | None:
+        return parse_share(self.max_failures, name="--max-failures") if self.max_failures else None
+
+    @property
+    def unit_memory_bytes(self) -> int | None:
+        return parse_bytes(self.memory_per_unit, name="--memory-per-unit") if self.memory_per_unit else None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The settings that shape the output: part of the fingerprint."""
+        return {
+            "column": self.column,
+            "id": self.id,
+            "keep": list(self.keep) if isinstance(self.keep, tuple) else self.keep,
+            "failed_as_null": self.on_error == "null",
+            "limit": self.limit,
+            "prefix": self.prefix,
+        }

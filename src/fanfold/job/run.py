@@ -1,0 +1,340 @@
+"""One job from request to result: the only place where all floors meet."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fanfold.data import journal
+from fanfold.data.folder import RUN, SUCCESS, Output, open_run, read_json, write_json
+from fanfold.data.opening import open_source
+from fanfold.engine.schedule import Schedule
+from fanfold.errors import DataError, InputError, RequestError, ResumeError, Stopped
+from fanfold.job import engines
+from fanfold.job.agenda import JobAgenda
+from fanfold.job.finish import finish
+from fanfold.job.fingerprint import check_same, fingerprint
+from fanfold.job.work import JobWork, OutputRules
+from fanfold.machine.discover import discover
+from fanfold.machine.threads import held_threads
+from fanfold.plan.numerics import Numerics, windows_per_part
+from fanfold.planner.units import Job, choose, parse_where
+from fanfold.report.timeline import Timeline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from fanfold.data.durable import PosixStore
+    from fanfold.data.source import Source
+    from fanfold.events import Event
+    from fanfold.job.request import Request
+    from fanfold.machine.discover import Machine
+    from fanfold.plan.plan import Plan
+    from fanfold.tasks.task import Task
+
+_SCAN_AHEAD = 64  # windows; a spooled input is held on disk, so fewer
+_SPOOL_AHEAD = 3
+
+
+class Display(Protocol):
+    """What shows a running job to a person."""
+
+    def __call__(self, event: Event) -> None: ...
+
+    def start(self, rows_done: int) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A finished job."""
+
+    out: Path
+    folder: Path
+    summary: dict[str, Any] = field(repr=False)
+    plan: dict[str, Any] = field(repr=False)
+
+    @property
+    def exit_code(self) -> int:
+        """0: all rows; 3: some rows failed."""
+        return 3 if self.summary.get("rows_failed") else 0
+
+    @property
+    def report(self) -> str:
+        """What `fanfold show` prints."""
+        from fanfold.job.show import show
+
+        return show(self.folder)
+
+    def table(self) -> Any:
+        """The whole output as an Arrow table, rows in input order."""
+        from fanfold.job.finish import read_output
+
+        return read_output(self.out)
+
+
+def run_job(task: Task, request: Request, display: Display | None = None, *, signals: bool = False) -> Run:
+    """Carry the job out, or go on with it, or say that it is finished.
+
+    With `signals`, SIGINT, SIGTERM and SIGHUP stop it: running batches end and are committed, then Stopped.
+    """
+    where = parse_where(request.on)
+    machine = discover()
+    say = display.say if display else _nobody
+    numerics = _numerics(task, where.kind)
+    if where.kind != "inline" and not request.dry_run:
+        engines.warm_up(task.imports, numerics.threads_per_unit)
+    output = Output(request.out)
+    _check_inputs_outside(request, output)
+    source = open_source(
+        request.inputs,
+        column=request.column,
+        id_column=request.id,
+        keep=request.keep,
+        form="json" if output.format == "jsonl" else "typed",
+        spool=output.folder / "spool",
+        limit=request.limit,
+        stdin=request.stdin,
+    )
+    _check_names(source, task, request)
+    plan = choose(where, machine, _job(task, source), numerics)
+    for key, value in task.shown.items():
+        say(f"{key + ':':<9}{value}")
+    _say_plan(plan, say)
+    if request.dry_run:
+        return Run(out=output.shown, folder=output.folder, summary={}, plan=plan.record())
+    store, stored = open_run(output, overwrite=request.overwrite, sync=request.sync)
+    try:
+        wanted = fingerprint(
+            source=source, task=task, request=request, numerics=numerics, format_name=output.format, machine=machine
+        )
+        if stored is not None:
+            check_same(stored.get("fingerprint", {}), wanted, str(output.shown))
+        finished = _finished(store, output)
+        if finished is not None:
+            say(f"already finished: {output.shown} (nothing to do; --overwrite starts anew)")
+            return Run(out=output.shown, folder=output.folder, summary=finished, plan=(stored or {}).get("plan", {}))
+        write_json(store, RUN, _run_record(plan, wanted, machine, task, request, output))
+        work = JobWork(
+            task=task,
+            source=source,
+            numerics=numerics,
+            output=OutputRules(
+                format=output.format, prefix=request.prefix, failed_as_null=request.on_error == "null"
+            ),
+            folder=store.root,
+            sync=request.sync,
+            in_process=plan.engine == "inline",
+        )
+        return _carry_out(work, plan, request, store, output, display, signals=signals)
+    finally:
+        store.close()
+
+
+def _carry_out(
+    work: JobWork,
+    plan: Plan,
+    request: Request,
+    store: PosixStore,
+    output: Output,
+    display: Display | None,
+    *,
+    signals: bool,
+) -> Run:
+    timeline = Timeline()
+    listeners: list[Callable[[Event], None]] = [timeline, *([display] if display else [])]
+
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    numerics = work.numerics
+    num_units = len(plan.units)
+    agenda = JobAgenda(
+        source=work.source,
+        store=store,
+        schedule=Schedule(num_units=num_units, windows_per_part=numerics.windows_per_part),
+        suffix=work.output.format,
+        windows_per_part=numerics.windows_per_part,
+        on_error=request.on_error,
+        max_failures=request.failure_limit,
+        tell=tell,
+    )
+    agenda.restore(journal.load(store))
+    resumed = agenda.totals.rows_resumed
+    if display is not None:
+        if resumed:
+            display.say(f"going on: {resumed:,} rows were computed before")
+        display.start(agenda.totals.rows_computed + len(agenda.totals.failures))
+    spooled = work.source.total_bytes is None or any(file.path.endswith((".gz", ".zst")) for file in work.source.files)
+    agenda.start(numerics.window_rows, _SPOOL_AHEAD if spooled else _SCAN_AHEAD)
+    try:
+        with _stop_on_signals(agenda, display) if signals else _nothing():
+            _run_engine(work, plan, agenda)
+        if agenda.stopping and not agenda.done:
+            raise Stopped(
+                f"the job in {output.shown}",
+                found=f"a request to stop; {agenda.totals.rows_computed:,} rows are committed",
+                allowed="stopping at any time",
+                do="run the same command again to go on",
+            )
+        summary = finish(work, plan, store, output, agenda.totals, timeline)
+    finally:
+        agenda.close()
+        if display is not None:
+            display.stop()
+    if summary["rows_in"] and not summary["rows_ok"]:
+        raise DataError(
+            f"the job in {output.shown}",
+            found=f"none of {summary['rows_in']:,} rows succeeded; the first: {_first_failure(agenda)}",
+            allowed="at least one row without an error",
+            do=f"look at {store.path('quarantine.jsonl')}; is --column right?",
+        )
+    return Run(out=output.shown, folder=output.folder, summary=summary, plan=plan.record())
+
+
+def _run_engine(work: JobWork, plan: Plan, agenda: JobAgenda) -> None:
+    if plan.engine == "inline":
+        engine = engines.engine_for("inline", imports=(), threads=1)
+        with held_threads(work.threads):
+            engine.carry_out(work, agenda)
+        return
+    with engines.hold():
+        local = engines.engine_for("local", imports=work.imports, threads=work.threads)
+        local.resize(plan.units)  # type: ignore[union-attr]
+        local.carry_out(work, agenda)
+        engines.touch()
+
+
+def _numerics(task: Task, kind: str) -> Numerics:
+    numerics = Numerics(dtype=getattr(task, "dtype", "float32"), device="cuda" if kind == "cuda" else "cpu")
+    width = sum(column.bytes_per_row for column in task.columns)
+    return replace(numerics, windows_per_part=windows_per_part(numerics.window_rows, width))
+
+
+def _job(task: Task, source: Source) -> Job:
+    return Job(weights_bytes=getattr(task, "weights_bytes", 0), input_bytes=source.total_bytes)
+
+
+def _check_inputs_outside(request: Request, output: Output) -> None:
+    """An output file that is also an input would be read while it is replaced."""
+    for name in request.inputs:
+        if name != "-" and "://" not in name and Path(name).absolute() == output.shown:
+            raise RequestError(
+                f"output to {output.shown}",
+                found="the same file is an input",
+                allowed="an output that is not an input",
+                do="choose another output with -o",
+            )
+
+
+def _check_names(source: Source, task: Task, request: Request) -> None:
+    results = [request.prefix + "row", *(request.prefix + column.name for column in task.columns)]
+    clash = [name for name in results if name in source.kept_schema.names]
+    if clash:
+        raise RequestError(
+            f"result column(s) {', '.join(clash)}",
+            found=f"the input has columns of that name: {', '.join(source.kept_schema.names)}",
+            allowed="names that the kept columns do not have",
+            do="rename the results with --prefix new_, or keep fewer columns with --keep",
+        )
+
+
+def _finished(store: PosixStore, output: Output) -> dict[str, Any] | None:
+    """The summary of a finished job whose output is still there."""
+    if store.read(SUCCESS) is None:
+        return None
+    if output.file is not None and not output.file.exists():
+        raise ResumeError(
+            f"the finished job in {store.root}",
+            found=f"{output.file} is gone",
+            allowed="a finished job's output stays where it was written",
+            do="start anew with --overwrite",
+        )
+    return read_json(store, "summary.json") or {}
+
+
+def _run_record(
+    plan: Plan, wanted: dict[str, Any], machine: Machine, task: Task, request: Request, output: Output
+) -> dict[str, Any]:
+    import fanfold
+
+    return {
+        "fanfold_version": fanfold.__version__,
+        "level": plan.numerics.level,
+        "plan": plan.record(),
+        "fingerprint": wanted,
+        "request": {"inputs": list(request.inputs), "out": str(output.shown), "on": request.on, **request.record},
+        "task": {"name": task.name, "columns": [column.name for column in task.columns], **task.shown},
+        "machine": {"cpu": machine.cpu_name, "cores": machine.cores, "memory_bytes": machine.memory_bytes},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _say_plan(plan: Plan, say: Callable[[str], None]) -> None:
+    say(f"{'plan:':<9}{plan.layout} on {', '.join(unit.name for unit in plan.units)}")
+    for reason in plan.reasons:
+        say(f"{'':<9}- {reason}")
+    for warning in plan.warnings:
+        say(f"warning: {warning}")
+
+
+def _first_failure(agenda: JobAgenda) -> str:
+    first = min(agenda.totals.failures, key=lambda failure: failure["row"])
+    return f"{first['error']}: {first['message']}"
+
+
+@contextmanager
+def _stop_on_signals(agenda: JobAgenda, display: Display | None) -> Iterator[None]:
+    """Once: end the running batches and stop. Twice: leave at once with 130."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen = 0
+
+    def handler(number: int, frame: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 1:
+            engines.shutdown()
+            os._exit(130)
+        agenda.request_stop()
+        if display is not None:
+            name = signal.Signals(number).name
+            display.say(f"{name}: finishing the running batches (again: stop at once)")
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _nobody(text: str) -> None:
+    return None
+
+
+def missing_inputs() -> InputError:
+    """No input was named."""
+    return InputError(
+        "a job without inputs",
+        found="no INPUT",
+        allowed="files, folders, quoted globs, - or URLs",
+        do="name at least one, for example: fanfold embed docs.jsonl -o out/",
+    )

@@ -1,0 +1,176 @@
+"""The callable that engines ship to units: a source, a task and a sink put together.
+
+A window lives through three instructions. *Prepare* reads its rows, makes tokens of them and cuts them into
+pieces; *compute* runs a lease of pieces through the model; *assemble* puts the rows of a part in order and
+writes it. Workers read and write files themselves; only names, counts and hashes travel to the parent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fanfold.data.durable import PosixStore
+from fanfold.engine.schedule import Assemble, Compute, Load, Prepare
+from fanfold.errors import InternalError
+
+if TYPE_CHECKING:
+    from fanfold.data.source import RowFailure, Source, Window
+    from fanfold.engine.engine import Assignment, Desk
+    from fanfold.plan.numerics import Numerics
+    from fanfold.tasks.task import Opened, Task
+
+_OPENED = "opened task"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputRules:
+    """How rows become output: its format, the prefix of result columns, and whether failed rows stand as nulls."""
+
+    format: str  # parquet, jsonl, csv
+    prefix: str = ""
+    failed_as_null: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedWindow:
+    """What the parent must know of a prepared window; `costs` and `rows` are per piece."""
+
+    costs: tuple[int, ...]
+    rows: tuple[int, ...]
+    tokens: int
+    truncated: int
+    failures: tuple[RowFailure, ...]
+    items_sha256: str
+    kept_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowDetail:
+    """A window and, once it was prepared, the hashes of its two files."""
+
+    window: Window
+    items_sha256: str | None = None
+    kept_sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseDone:
+    """A lease's result file, sealed under a temporary name; `last` < asked where a stop came in between."""
+
+    last: int
+    rows: int
+    temporary: str
+    sha256: str
+    tokens: int
+    padded_tokens: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommittedLease:
+    """A published lease file, as the assembler reads it."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowResult:
+    """All of a computed window: where its leases are and which rows failed (offset -> reason)."""
+
+    detail: WindowDetail
+    leases: tuple[CommittedLease, ...]
+    failed: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartDone:
+    """A part, sealed under a temporary name. window_sha256: one hash of the Arrow buffers per window."""
+
+    temporary: str
+    rows: int
+    num_bytes: int
+    sha256: str
+    window_sha256: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobWork:
+    """Everything a unit needs to do its share of the job."""
+
+    task: Task
+    source: Source
+    numerics: Numerics
+    output: OutputRules
+    folder: Path
+    sync: bool = True
+    in_process: bool = False  # inline: the caller's own thread settings are not ours to change for good
+    attempt_tag: str = field(default="")
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        return self.task.imports
+
+    @property
+    def threads(self) -> int:
+        return self.numerics.threads_per_unit
+
+    def carry_out(self, assignment: Assignment, desk: Desk) -> Any:
+        from fanfold.job import assemble, compute, prepare
+
+        store = PosixStore(self.folder, sync=self.sync)
+        match assignment.instruction:
+            case Load():
+                return self.loaded(desk)
+            case Prepare():
+                with desk.timed("prepare", f"window {assignment.instruction.window}"):
+                    return prepare.prepare_window(self, self.opened(desk), assignment.detail.window, store)
+            case Compute() as lease:
+                opened = self.loaded(desk)
+                return compute.compute_lease(self, opened, lease, assignment.detail, desk, store)
+            case Assemble() as part:
+                with desk.timed("assemble", f"part {part.part}"):
+                    return assemble.assemble_part(self, self.opened(desk), part, assignment.detail, store)
+        raise InternalError(
+            f"carrying out {assignment.instruction}", found="unknown", allowed="known ones", do="report this"
+        )
+
+    def opened(self, desk: Desk) -> Opened:
+        """The task on this unit; a warm unit keeps the model of the job before where it is the same."""
+        key, opened = desk.cache.get(_OPENED, (None, None))
+        wanted = (self.task.key, self.numerics.dtype, self.numerics.threads_per_unit)
+        if key != wanted:
+            opened = self.task.open(desk.unit, self.numerics)
+            desk.cache[_OPENED] = (wanted, opened)
+        return opened
+
+    def loaded(self, desk: Desk) -> Opened:
+        """As `opened`, with the model in memory and the number of threads verified."""
+        opened = self.opened(desk)
+        if not desk.cache.get(id(opened)):
+            from fanfold.machine.threads import hold_threads
+
+            with desk.timed("load"):
+                opened.load()
+                if not self.in_process:
+                    hold_threads(self.threads)
+            desk.cache[id(opened)] = True  # type: ignore[index]
+        return opened
+
+
+def items_name(window: int) -> str:
+    return f"windows/w-{window:09d}.arrow"
+
+
+def kept_name(window: int) -> str:
+    return f"windows/k-{window:09d}.arrow"
+
+
+def lease_name(window: int, first: int, last: int) -> str:
+    return f"pieces/w-{window:09d}-p-{first:06d}-{last:06d}.arrow"
+
+
+def part_name(part: int, suffix: str) -> str:
+    return f"data/part-{part:09d}.{suffix}"

@@ -1,0 +1,1 @@
+"""Frozen records that the planner, the engines and the job share."""

@@ -1,0 +1,53 @@
+"""A plan: where the job runs, laid out how, with which numerics, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fanfold.plan.layout import Layout
+    from fanfold.plan.numerics import Numerics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One thing that computes. `device` is what torch calls it."""
+
+    name: str
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What was chosen and why; saved in run.json."""
+
+    engine: str
+    units: tuple[Unit, ...]
+    layout: Layout
+    numerics: Numerics
+    reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, as run.json stores them."""
+        return {
+            "engine": self.engine,
+            "units": [unit.name for unit in self.units],
+            "layout": str(self.layout),
+            "numerics": self.numerics.record(),
+            "reasons": list(self.reasons),
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """What `--on` says: a kind of engine, and the units asked for (None: as many as there are)."""
+
+    kind: str  # inline, cpu, cuda
+    count: int | None = None
+    devices: tuple[int, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)

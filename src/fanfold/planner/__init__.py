@@ -1,0 +1,1 @@
+"""The planner chooses, says why, and never runs anything."""

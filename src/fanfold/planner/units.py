@@ -1,0 +1,124 @@
+"""How many units, and which: from what the user asked, what the machine allows and what the job holds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fanfold.errors import PlanError
+from fanfold.plan.layout import Layout
+from fanfold.plan.plan import Plan, Unit, Where
+from fanfold.quantity import format_bytes
+
+if TYPE_CHECKING:
+    from fanfold.machine.discover import Machine
+    from fanfold.plan.numerics import Numerics
+
+ALLOWED = "inline, cpu, cpu:N, cuda, cuda:0,1"
+OVERSUBSCRIPTION = 8  # an explicit cpu:N may ask for this many units per allowed core
+# A worker forked from a zygote holds about 80 MB of its own; a 2,048-token batch at width 1,024 adds up to
+# 190 MB (measured on a 2-core machine, docs/log.md).
+UNIT_BYTES = 300_000_000
+_BYTES_PER_TOKEN = 4  # of text, a rule of thumb; only decides whether a tiny job is worth a second unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What the planner must know of a job."""
+
+    weights_bytes: int
+    input_bytes: int | None  # None: a stream
+    max_rows: int | None = None
+
+
+def parse_where(text: str) -> Where:
+    """`--on` in words the planner understands."""
+    text = text.strip()
+    if text in ("inline", "cpu", "cuda"):
+        return Where(kind=text)
+    if found := re.fullmatch(r"cpu:(\d+)", text):
+        return Where(kind="cpu", count=int(found[1]))
+    if found := re.fullmatch(r"cuda:(\d+(?:,\d+)*)", text):
+        return Where(kind="cuda", devices=tuple(int(number) for number in found[1].split(",")))
+    raise PlanError(
+        f"--on {text}",
+        found="no such place to run",
+        allowed=ALLOWED,
+        do="leave --on away to use all allowed cores",
+    )
+
+
+def choose(where: Where, machine: Machine, job: Job, numerics: Numerics) -> Plan:
+    """The units for the job, with reasons; PlanError where the request cannot be met."""
+    if where.kind == "inline":
+        return _plan("inline", (Unit(name="inline"),), numerics, ["inline: one unit in this process, as asked"])
+    if where.kind == "cuda":
+        return _choose_cuda(where, machine, numerics)
+    room = max(1, (machine.memory_bytes - job.weights_bytes) // UNIT_BYTES)
+    if where.count is not None:
+        return _asked_for(where.count, machine, room, numerics)
+    reasons = [f"{machine.cores} core(s) allowed: {machine.cores_reason}"]
+    count = machine.cores // numerics.threads_per_unit or 1
+    if room < count:
+        count = room
+        reasons.append(f"memory for {room}: {format_bytes(machine.memory_bytes)} allowed ({machine.memory_reason})")
+    pieces = _expected_pieces(job, numerics)
+    if pieces is not None and pieces < count:
+        count = max(1, pieces)
+        reasons.append(f"the input holds about {max(1, pieces)} piece(s) of work: more units would only load the model")
+    reasons.append(f"data={count}: each unit holds the whole model and computes its own pieces")
+    return _plan("local", _cpu_units(count), numerics, reasons)
+
+
+def _expected_pieces(job: Job, numerics: Numerics) -> int | None:
+    if job.input_bytes is None:
+        return None
+    return -(-job.input_bytes // (_BYTES_PER_TOKEN * numerics.batch_tokens * numerics.piece_batches))
+
+
+def _asked_for(count: int, machine: Machine, room: int, numerics: Numerics) -> Plan:
+    most = min(OVERSUBSCRIPTION * machine.cores, room)
+    if count < 1 or count > most:
+        raise PlanError(
+            f"--on cpu:{count}",
+            found=f"{machine.cores} allowed core(s), memory for {room} units",
+            allowed=f"cpu:1 to cpu:{most}",
+            do=f"leave the number away to use cpu:{min(machine.cores, room)}",
+        )
+    warnings = []
+    if count > machine.cores:
+        warnings.append(f"cpu:{count} is more than the {machine.cores} allowed core(s): units will share cores")
+    return _plan("local", _cpu_units(count), numerics, [f"data={count}: as asked"], warnings)
+
+
+def _choose_cuda(where: Where, machine: Machine, numerics: Numerics) -> Plan:
+    present = [gpu.index for gpu in machine.gpus]
+    wanted = list(where.devices) or present
+    missing = [index for index in wanted if index not in present]
+    if not present or missing or len(set(wanted)) != len(wanted):
+        raise PlanError(
+            "--on cuda" + (":" + ",".join(map(str, where.devices)) if where.devices else ""),
+            found=f"GPUs {present}" if present else "no GPU with a working driver",
+            allowed="each GPU of this machine once",
+            do="leave --on away to use the CPU" if not present else f"choose among {present}",
+        )
+    units = tuple(Unit(name=f"cuda:{index}", device=f"cuda:{index}") for index in wanted)
+    return _plan("local", units, numerics, [f"data={len(units)}: one worker per GPU, as asked"])
+
+
+def _cpu_units(count: int) -> tuple[Unit, ...]:
+    return tuple(Unit(name=f"cpu:{index}") for index in range(count))
+
+
+def _plan(
+    engine: str, units: tuple[Unit, ...], numerics: Numerics, reasons: list[str], warnings: list[str] | None = None
+) -> Plan:
+    return Plan(
+        engine=engine,
+        units=units,
+        layout=Layout(data=len(units)),
+        numerics=numerics,
+        reasons=tuple(reasons),
+        warnings=tuple(warnings or ()),
+    )

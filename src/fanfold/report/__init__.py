@@ -1,0 +1,1 @@
+"""Reports listen to events; they never ask and never decide."""

@@ -1,0 +1,64 @@
+"""Token-budget batches of rows sorted by length, and the pieces made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Positions [start, stop) of a cut's order; every row is padded to `length` tokens."""
+
+    start: int
+    stop: int
+    length: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def padded_tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A window's rows in the order of computation, and where its batches and pieces end."""
+
+    order: tuple[int, ...]  # row offsets within the window
+    pieces: tuple[tuple[Batch, ...], ...]
+
+    @property
+    def costs(self) -> tuple[int, ...]:
+        """Padded tokens of each piece: what it costs, up to a factor."""
+        return tuple(sum(batch.padded_tokens for batch in piece) for piece in self.pieces)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of each piece."""
+        return tuple(sum(batch.rows for batch in piece) for piece in self.pieces)
+
+
+def cut(offsets: Sequence[int], lengths: Sequence[int], *, batch_tokens: int, piece_batches: int = 1) -> Cut:
+    """Rows sorted by falling length (ties by offset), batched under the budget, batches grouped into pieces.
+
+    A batch is as many rows as fit `batch_tokens` at the length of its longest row, one at the least.
+    Depends on the arguments alone.
+    """
+    if len(offsets) != len(lengths):
+        raise ValueError(f"{len(offsets)} offsets, {len(lengths)} lengths")
+    ranked = sorted(range(len(offsets)), key=lambda i: (-lengths[i], offsets[i]))
+    batches: list[Batch] = []
+    start = 0
+    while start < len(ranked):
+        length = max(1, lengths[ranked[start]])
+        stop = min(len(ranked), start + max(1, batch_tokens // length))
+        batches.append(Batch(start=start, stop=stop, length=length))
+        start = stop
+    pieces = [tuple(batches[i : i + piece_batches]) for i in range(0, len(batches), piece_batches)]
+    return Cut(order=tuple(offsets[i] for i in ranked), pieces=tuple(pieces))

@@ -1,0 +1,357 @@
+"""Embed: a text becomes one vector, as sentence-transformers' `encode` would give it.
+
+Shapes: B rows of the batch, L padded length, H hidden size, D width of the embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fanfold import extras
+from fanfold.errors import InputError, InternalError, PlanError, RequestError, SafetyError
+from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint
+from fanfold.tasks.pooling import Head, num_positions, read_head, weights_of
+from fanfold.tasks.task import Column, Prepared
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from fanfold.plan.numerics import Numerics
+    from fanfold.plan.plan import Unit
+
+_ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+_ACTIVATIONS = ("Tanh", "Identity", "ReLU", "GELU", "SiLU", "Sigmoid")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embed:
+    """The task with its settings."""
+
+    checkpoint: Checkpoint
+    head: Head
+    max_length: int
+    prompt: str  # put before every text
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return "embed"
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column(name="embedding", kind="vector", width=self.head.width),)
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        folder = self.checkpoint.model_type.replace("-", "_")
+        return (
+            "torch",
+            "transformers",
+            "transformers.models.auto.modeling_auto",
+            "transformers.models.auto.tokenization_auto",
+            f"transformers.models.{folder}.modeling_{folder}",
+            "fanfold.tasks.embed",
+        )
+
+    @property
+    def key(self) -> str:
+        return repr((sorted(self.record.items()), str(self.checkpoint.path)))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {
+            "task": self.name,
+            "model_files": self.checkpoint.hashes,
+            "commit": self.checkpoint.commit,
+            "pooling": list(self.head.modes),
+            "normalize": self.head.normalize,
+            "max_length": self.max_length,
+            "prompt": self.prompt,
+        }
+
+    @property
+    def shown(self) -> dict[str, str]:
+        normal = ", normalised" if self.head.normalize else ""
+        lines = {
+            "model": f"{self.checkpoint.shown} ({self.checkpoint.model_type}, {self.head.width} dimensions)",
+            "pooling": "+".join(self.head.modes) + normal,
+            "length": f"at most {self.max_length} tokens a text",
+        }
+        if self.prompt:
+            lines["prompt"] = repr(self.prompt)
+        return lines
+
+    def open(self, unit: Unit, numerics: Numerics) -> EmbedOnUnit:
+        return EmbedOnUnit(self, unit.device)
+
+
+def make_embed(
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    max_length: int | None = None,
+    prefix_text: str | None = None,
+    prompt_name: str | None = None,
+) -> Embed:
+    """The task for a checkpoint, everything checked that can be checked without torch."""
+    if dtype not in ("float32", "bfloat16"):
+        raise PlanError(
+            f"--dtype {dtype}", found="an unknown type", allowed="float32, bfloat16", do="choose one of them"
+        )
+    checkpoint = find_checkpoint(model, revision=revision)
+    for module in ("torch", "transformers"):
+        if not extras.has(module):
+            extras.need(module, extra="torch", purpose=f"embedding with {checkpoint.shown}")
+    head = read_head(checkpoint)
+    return Embed(
+        checkpoint=checkpoint,
+        head=head,
+        max_length=_checked_length(checkpoint, head, max_length),
+        prompt=_prompt(checkpoint, head, prefix_text, prompt_name),
+        dtype=dtype,
+    )
+
+
+def _checked_length(checkpoint: Checkpoint, head: Head, asked: int | None) -> int:
+    positions = num_positions(checkpoint)
+    if asked is None:
+        return min(head.max_length, positions) if positions else head.max_length
+    if asked < 3 or (positions is not None and asked > positions):
+        raise PlanError(
+            f"--max-length {asked}",
+            found=f"{checkpoint.shown} has {positions or 'unbounded'} positions",
+            allowed=f"3 to {positions or 'any number of'} tokens",
+            do=f"leave --max-length away to use {head.max_length}",
+        )
+    return asked
+
+
+def _prompt(checkpoint: Checkpoint, head: Head, prefix_text: str | None, prompt_name: str | None) -> str:
+    if prefix_text is not None and prompt_name is not None:
+        raise RequestError(
+            "--prefix-text with --prompt-name",
+            found="both say what stands before every text",
+            allowed="one of the two",
+            do="leave one away",
+        )
+    if prefix_text is not None:
+        return prefix_text
+    name = prompt_name if prompt_name is not None else head.default_prompt
+    if name is None:
+        return ""
+    if name not in head.prompts:
+        raise PlanError(
+            f"--prompt-name {name}",
+            found=f"{checkpoint.shown} names "
+            + (", ".join(head.prompts) if head.prompts else "no prompts in config_sentence_transformers.json"),
+            allowed="a name from that file",
+            do="use --prefix-text to give the words themselves",
+        )
+    return head.prompts[name]
+
+
+class EmbedOnUnit:
+    """The task on one unit: tokenizer at the first use, model at `load`."""
+
+    def __init__(self, task: Embed, device: str) -> None:
+        self.task = task
+        self.device = device
+        self._tokenizer: Any = None
+        self._model: Any = None
+        self._dense: list[tuple[Any, Any]] = []
+        self._prompt_tokens = 0
+
+    # -- tokens ---------------------------------------------------------------------------------------
+
+    def prepare(self, texts: Sequence[str]) -> Prepared:
+        """Texts -> token ids with special tokens, cut to the length limit."""
+        import numpy as np
+
+        tokenizer = self._open_tokenizer()
+        prompt, limit = self.task.prompt, self.task.max_length
+        texts = [prompt + text for text in texts] if prompt else list(texts)
+        found = tokenizer(
+            texts, truncation=True, max_length=limit, return_attention_mask=False, return_token_type_ids=False
+        )
+        ids = [np.asarray(row, dtype=np.int32) for row in found["input_ids"]]
+        full = [i for i, row in enumerate(ids) if len(row) >= limit]
+        return Prepared(ids=ids, truncated=sum(self._is_cut(found, texts, i) for i in full))
+
+    def _is_cut(self, found: Any, texts: list[str], index: int) -> bool:
+        if found.is_fast:
+            return bool(found.encodings[index].overflowing)
+        return len(self._tokenizer(texts[index])["input_ids"]) > self.task.max_length
+
+    def _open_tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            path = str(self.task.checkpoint.path)
+            with _refusals(self.task.checkpoint):
+                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            if self.task.head.lower_case:
+                _lower_case(tokenizer)
+            if self.task.prompt and not self.task.head.include_prompt:
+                # The closing special token belongs to the text, not to the prompt.
+                self._prompt_tokens = len(tokenizer(self.task.prompt)["input_ids"]) - 1
+            if tokenizer.pad_token_id is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    # -- model ----------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """The model is in memory: weights mapped from the file where its dtype is the one asked for."""
+        if self._model is not None:
+            return
+        import torch
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        checkpoint = self.task.checkpoint
+        loader = getattr(transformers, _ENCODERS.get(checkpoint.model_type, "AutoModel"))
+        dtype = getattr(torch, self.task.dtype)
+        with _refusals(checkpoint):
+            model, report = loader.from_pretrained(
+                str(checkpoint.path),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=dtype,
+                output_loading_info=True,
+            )
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+        if missing or report["mismatched_keys"]:
+            raise InputError(
+                f"loading {checkpoint.shown}",
+                found=f"weights missing or of another shape: {', '.join(missing[:3]) or report['mismatched_keys']}",
+                allowed="a checkpoint that holds every weight of its config",
+                do="save or download the model again",
+            )
+        if model.config.is_encoder_decoder:
+            raise PlanError(
+                f"embedding with {checkpoint.shown}",
+                found=f"{checkpoint.model_type} is an encoder-decoder",
+                allowed="encoders, decoders used as encoders, and the encoders of " + ", ".join(_ENCODERS),
+                do="choose an embedding model",
+            )
+        self._model = model.eval().to(self.device)
+        self._dense = [self._open_dense(dense, dtype) for dense in self.task.head.dense]
+        self._open_tokenizer()
+
+    def _open_dense(self, dense: Any, dtype: Any) -> tuple[Any, Any]:
+        import torch
+        from safetensors.torch import load_file
+
+        if dense.activation not in _ACTIVATIONS:
+            raise PlanError(
+                f"embedding with {self.task.checkpoint.shown}",
+                found=f"activation {dense.activation} in {dense.folder}",
+                allowed=", ".join(_ACTIVATIONS),
+                do="choose another checkpoint",
+            )
+        state = load_file(weights_of(self.task.checkpoint.path / dense.folder), device=self.device)
+        weight = state["linear.weight"].to(dtype)
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=dense.bias, device=self.device, dtype=dtype)
+        linear.load_state_dict({name.removeprefix("linear."): value.to(dtype) for name, value in state.items()})
+        return linear.eval(), getattr(torch.nn, dense.activation)()
+
+    def compute(self, ids: Sequence[np.ndarray], length: int) -> dict[str, Any]:
+        """Rows of token ids -> {"embedding": float32 [B, D]}. Padding stands on the right."""
+        import numpy as np
+        import torch
+
+        if self._model is None:
+            self.load()
+        ids_BL = np.full((len(ids), length), self._tokenizer.pad_token_id, dtype=np.int64)
+        mask_BL = np.zeros((len(ids), length), dtype=np.int64)
+        for row, tokens in enumerate(ids):
+            ids_BL[row, : len(tokens)] = tokens
+            mask_BL[row, : len(tokens)] = 1
+        with torch.inference_mode():
+            mask = torch.from_numpy(mask_BL).to(self.device)
+            hidden_BLH = self._model(
+                input_ids=torch.from_numpy(ids_BL).to(self.device), attention_mask=mask
+            ).last_hidden_state
+            pooled = self._pool(hidden_BLH, mask)
+            for linear, activation in self._dense:
+                pooled = activation(linear(pooled))
+            if self.task.head.normalize:
+                pooled = torch.nn.functional.normalize(pooled, p=2.0, dim=-1)
+            embedding = pooled.to(torch.float32).cpu().numpy()
+        if embedding.shape != (len(ids), self.task.head.width):
+            raise InternalError(
+                f"an embedding of {self.task.head.width} dimensions a row",
+                found=f"shape {embedding.shape} for {len(ids)} rows",
+                allowed="what the checkpoint's files say",
+                do="report this with the model's name",
+            )
+        return {"embedding": embedding}
+
+    def _pool(self, hidden_BLH: Any, mask_BL: Any) -> Any:
+        """[B, L, H], [B, L] -> [B, D]. The prompt's tokens are left out where the checkpoint says so."""
+        import torch
+
+        last_B = mask_BL.sum(dim=1) - 1
+        if self._prompt_tokens:
+            mask_BL = mask_BL.clone()
+            mask_BL[:, : self._prompt_tokens] = 0
+        parts = []
+        for mode in self.task.head.modes:
+            if mode == "mean":
+                weight_BL1 = mask_BL.unsqueeze(-1).to(hidden_BLH.dtype)
+                wide = torch.promote_types(hidden_BLH.dtype, torch.float32)
+                total = (hidden_BLH * weight_BL1).sum(dim=1, dtype=wide)
+                part = total / weight_BL1.sum(dim=1, dtype=wide).clamp(min=1e-9)
+            elif mode == "max":
+                part = hidden_BLH.masked_fill(mask_BL.unsqueeze(-1) == 0, float("-inf")).amax(dim=1)
+            elif mode == "lasttoken":
+                part = hidden_BLH[torch.arange(len(last_B), device=last_B.device), last_B]
+            else:  # cls: the first token that counts
+                part = hidden_BLH[:, self._prompt_tokens]
+            parts.append(part.to(hidden_BLH.dtype))
+        return torch.cat(parts, dim=-1)
+
+
+def _lower_case(tokenizer: Any) -> None:
+    """Texts are lower-cased before the tokenizer's own normalisation, as sentence-transformers does."""
+    from tokenizers import normalizers
+
+    backend = tokenizer.backend_tokenizer
+    present = backend.normalizer
+    steps = list(present) if isinstance(present, normalizers.Sequence) else [present] if present else []
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
+
+
+class _refusals:  # noqa: N801 - reads as a statement
+    """What transformers refuses or cannot read, as errors of four parts."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if not isinstance(error, ValueError | OSError | KeyError | ImportError):
+            return
+        if "trust_remote_code" in str(error):
+            raise SafetyError(
+                f"loading {self.checkpoint.shown}",
+                found="it needs Python code that comes with the model",
+                allowed="architectures that transformers itself has",
+                do="choose another checkpoint",
+            ) from error
+        reason = str(error).strip().splitlines()
+        raise InputError(
+            f"loading {self.checkpoint.shown} with transformers",
+            found=f"{type(error).__name__}: {reason[0] if reason else ''}",
+            allowed="a model folder as save_pretrained writes it",
+            do="check the files of the folder, or update transformers",
+        ) from error

@@ -1,0 +1,78 @@
+"""What a task is: how a row becomes tokens, and a batch of rows results. It knows no engine, source or sink."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from fanfold.plan.numerics import Numerics
+    from fanfold.plan.plan import Unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A result column: `vector` is float32[width], the others are one value a row."""
+
+    name: str
+    kind: Literal["vector", "text", "float", "integer"]
+    width: int = 0
+
+    @property
+    def bytes_per_row(self) -> int:
+        return 4 * self.width if self.kind == "vector" else 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Rows as token ids. ids: one int32 array a row; truncated: rows that lost tokens to the length limit."""
+
+    ids: list[np.ndarray]
+    truncated: int
+
+
+class Opened(Protocol):
+    """A task on one unit, with what it has loaded."""
+
+    def prepare(self, texts: Sequence[str]) -> Prepared:
+        """Needs the tokenizer only."""
+
+    def load(self) -> None:
+        """The model is loaded; twice is fine."""
+
+    def compute(self, ids: Sequence[np.ndarray], length: int) -> dict[str, Any]:
+        """One batch padded to `length` -> one array [rows, ...] for each result column."""
+
+
+class Task(Protocol):
+    """A job's task with its settings; picklable, light, made in the parent."""
+
+    @property
+    def name(self) -> str:
+        """The verb: embed, classify, ..."""
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The result columns, in order."""
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """Modules every unit needs."""
+
+    @property
+    def key(self) -> str:
+        """Equal for tasks that can share a loaded model."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All settings that shape the result, model file hashes included: the task's part of the fingerprint."""
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """What a person wants to know of the task, a line each."""
+
+    def open(self, unit: Unit, numerics: Numerics) -> Opened: ...
