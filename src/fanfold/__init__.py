@@ -1,8 +1,8 @@
 """Fanfold runs models in parallel on the compute units there are, with the result one unit would give.
 
-    import fanfold as ff
-    vectors = ff.embed(["a text", "another"])             # ndarray [2, d]
-    run = ff.embed("docs.jsonl", "out/", column="text")   # run.summary, run.table(), run.report
+import fanfold as ff
+vectors = ff.embed(["a text", "another"])             # ndarray [2, d]
+run = ff.embed("docs.jsonl", "out/", column="text")   # run.summary, run.table(), run.report
 """
 
 from __future__ import annotations

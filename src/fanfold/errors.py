@@ -1,21 +1,21 @@
 """Every error a caller can meet, one tree, split by what the caller can do about it.
 
-    FanfoldError
-    ├── RequestError      change the request              exit 2
-    │   ├── PlanError         it cannot be laid out like this
-    │   ├── ResumeError       the folder holds another job
-    │   ├── InputError        an input is missing or unreadable
-    │   └── MissingExtra      an optional package is not installed
-    ├── DataError         fix the data                    exit 1
-    │   └── PieceFailed       a piece failed after its retries
-    ├── MachineError      fix the machine                 exit 1
-    │   ├── UnitLost          a unit died and could not be replaced
-    │   ├── OutOfMemory       a unit went over its memory
-    │   └── StorageError      a disk is full or broken
-    ├── Stopped           stopped on request; resumable   exit 4
-    ├── DifferenceFound   two results that must be equal are not   exit 5
-    ├── SafetyError       refused by a safety rule        exit 6
-    └── InternalError     a bug in Fanfold: report it     exit 1
+FanfoldError
+├── RequestError      change the request              exit 2
+│   ├── PlanError         it cannot be laid out like this
+│   ├── ResumeError       the folder holds another job
+│   ├── InputError        an input is missing or unreadable
+│   └── MissingExtra      an optional package is not installed
+├── DataError         fix the data                    exit 1
+│   └── PieceFailed       a piece failed after its retries
+├── MachineError      fix the machine                 exit 1
+│   ├── UnitLost          a unit died and could not be replaced
+│   ├── OutOfMemory       a unit went over its memory
+│   └── StorageError      a disk is full or broken
+├── Stopped           stopped on request; resumable   exit 4
+├── DifferenceFound   two results that must be equal are not   exit 5
+├── SafetyError       refused by a safety rule        exit 6
+└── InternalError     a bug in Fanfold: report it     exit 1
 """
 
 from __future__ import annotations

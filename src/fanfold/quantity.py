@@ -193,9 +193,7 @@ def _bytes_advice(found: re.Match[str] | None, name: str) -> str:
     if found and found[2] and found[2][0] in "kmgtpe":
         number, letter = found[1], found[2][0].upper()
         decimal = "kB" if letter == "K" else f"{letter}B"
-        return (
-            f"write {name}={number}{decimal} (powers of 1000) or {name}={number}{letter}iB (powers of 1024)"
-        )
+        return f"write {name}={number}{decimal} (powers of 1000) or {name}={number}{letter}iB (powers of 1024)"
     return f"write for example {name}=8GB or {name}=1.5GiB"
 
 

@@ -49,9 +49,7 @@ def best_of_five_s(*arguments: str) -> float:
     return min(once() for _ in range(5))
 
 
-@pytest.mark.parametrize(
-    "module", ["fanfold", "fanfold.merge", "fanfold.merge.gather", "fanfold.testing.laws"]
-)
+@pytest.mark.parametrize("module", ["fanfold", "fanfold.merge", "fanfold.merge.gather", "fanfold.testing.laws"])
 def test_import_loads_nothing_heavy(module):
     loaded = loaded_by(f"import {module}")
     assert "fanfold" in loaded

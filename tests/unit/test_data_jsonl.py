@@ -66,9 +66,7 @@ GOOD = {"id": 1, "text": "x"}
 )
 def test_a_bad_record_is_a_failed_row_that_says_where_and_why(source, line, error, told, monkeypatch):
     monkeypatch.setattr("fanfold.data.jsonl.INFERRED_RECORDS", 1)
-    made = source(
-        json.dumps(GOOD).encode() + b"\n\n" + line + b"\n" + json.dumps(GOOD).encode(), id_column="id"
-    )
+    made = source(json.dumps(GOOD).encode() + b"\n\n" + line + b"\n" + json.dumps(GOOD).encode(), id_column="id")
     texts, kept, (failure,) = rows(made)
     assert texts == ["x", None, "x"]
     assert kept == [GOOD, {"id": None, "text": None}, GOOD]
@@ -134,9 +132,7 @@ def test_types_are_inferred_and_values_unaltered(source):
 )
 def test_a_later_value_that_does_not_fit_fails_its_row_alone(source, first, later, told, monkeypatch):
     monkeypatch.setattr("fanfold.data.jsonl.INFERRED_RECORDS", 1)
-    made = source(
-        [{"text": "a", "c": first}, {"text": "b", "c": later}, {"text": "c", "c": None}, {"text": "d"}]
-    )
+    made = source([{"text": "a", "c": first}, {"text": "b", "c": later}, {"text": "c", "c": None}, {"text": "d"}])
     texts, kept, (failure,) = rows(made)
     assert texts == ["a", None, "c", "d"]
     assert kept[0]["c"] == first

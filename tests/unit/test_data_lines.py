@@ -71,11 +71,7 @@ def test_reading_gives_the_bytes_that_scanning_located(data, block_bytes):
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    rows=st.lists(
-        st.lists(st.text(alphabet='a,"\n é', max_size=6), min_size=2, max_size=3), min_size=1, max_size=6
-    )
-)
+@given(rows=st.lists(st.lists(st.text(alphabet='a,"\n é', max_size=6), min_size=2, max_size=3), min_size=1, max_size=6))
 def test_csv_records_are_those_of_the_csv_module(rows):
     out = io.StringIO()
     csv.writer(out).writerows(rows)

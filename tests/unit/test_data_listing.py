@@ -35,9 +35,7 @@ def refusal(*inputs):
 
 
 def test_a_folder_is_read_recursively_in_byte_order_without_hidden_files(folder):
-    root = folder(
-        "b.jsonl", "a/z.ndjson.gz", "B.jsonl", "_SUCCESS", ".x.jsonl", "_t/a.jsonl", "é.jsonl.zst", "note.md"
-    )
+    root = folder("b.jsonl", "a/z.ndjson.gz", "B.jsonl", "_SUCCESS", ".x.jsonl", "_t/a.jsonl", "é.jsonl.zst", "note.md")
     assert names([root], root) == ["B.jsonl", "a/z.ndjson.gz", "b.jsonl", "é.jsonl.zst"]
 
 

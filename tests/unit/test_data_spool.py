@@ -32,9 +32,7 @@ def texts_of(source, windows):
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_files_of_several_members_are_read_to_the_end(tmp_path, suffix):
     path = tmp_path / f"a.jsonl.{suffix}"
-    path.write_bytes(
-        packed(suffix, lines("a", "b")) + packed(suffix, lines("c")) + packed(suffix, lines("d"))
-    )
+    path.write_bytes(packed(suffix, lines("a", "b")) + packed(suffix, lines("c")) + packed(suffix, lines("d")))
     source = open_source([str(path)], spool=tmp_path / "spool")
     windows = list(source.windows(3))
     assert texts_of(source, windows) == list("abcd")

@@ -71,9 +71,7 @@ def test_v1_limit_of_a_parent_the_container_cannot_see_is_found_in_memory_stat(t
         "memory/memory.stat": "cache 5\nhierarchical_memory_limit 2147483648\nhierarchical_memsw_limit 99\n",
     }
     make_tree(tmp_path, files, cgroup=v1_own("/docker/abc"), mountinfo=v1_mounts("/docker/abc"))
-    assert read_limits(tmp_path).memory == MemoryLimit(
-        limit_bytes=2**31, file="/sys/fs/cgroup/memory/memory.stat"
-    )
+    assert read_limits(tmp_path).memory == MemoryLimit(limit_bytes=2**31, file="/sys/fs/cgroup/memory/memory.stat")
 
 
 def test_v2_parent_wins_where_it_is_smaller(tmp_path):
@@ -91,9 +89,7 @@ def test_v2_parent_wins_where_it_is_smaller(tmp_path):
 
 def test_memory_high_counts_where_it_is_below_memory_max(tmp_path):
     make_tree(tmp_path, {"box/memory.max": "2000", "box/memory.high": "1500"}, cgroup="0::/box\n")
-    assert read_limits(tmp_path).memory == MemoryLimit(
-        limit_bytes=1500, file="/sys/fs/cgroup/box/memory.high"
-    )
+    assert read_limits(tmp_path).memory == MemoryLimit(limit_bytes=1500, file="/sys/fs/cgroup/box/memory.high")
 
 
 @pytest.mark.parametrize(
@@ -182,9 +178,7 @@ def test_container_in_a_container_finds_itself_below_the_mounted_group(tmp_path)
     own = v1_own("/docker/abc/docker/def")
     make_tree(tmp_path, files, cgroup=own, mountinfo=v1_mounts("/docker/abc"))
     limit = read_limits(tmp_path).memory
-    assert limit == MemoryLimit(
-        limit_bytes=3000, file="/sys/fs/cgroup/memory/docker/def/memory.limit_in_bytes"
-    )
+    assert limit == MemoryLimit(limit_bytes=3000, file="/sys/fs/cgroup/memory/docker/def/memory.limit_in_bytes")
 
 
 @pytest.mark.parametrize(
@@ -204,9 +198,7 @@ def test_host_path_that_the_container_does_not_see_takes_the_nearest_group_above
 
 def test_mount_point_with_a_space_and_a_path_with_a_colon(tmp_path):
     mountinfo = "31 23 0:28 / /sys/fs/cgroup/my\\040groups rw - cgroup2 cgroup2 rw\n"
-    make_tree(
-        tmp_path, {"my groups/a:b/memory.max": "4096"}, cgroup="0::/a:b (deleted)\n", mountinfo=mountinfo
-    )
+    make_tree(tmp_path, {"my groups/a:b/memory.max": "4096"}, cgroup="0::/a:b (deleted)\n", mountinfo=mountinfo)
     limit = read_limits(tmp_path).memory
     assert limit == MemoryLimit(limit_bytes=4096, file="/sys/fs/cgroup/my groups/a:b/memory.max")
 
@@ -220,9 +212,7 @@ def test_no_mountinfo_looks_where_groups_usually_stand(tmp_path):
     assert limits.quota == CpuQuota(cores=1.0, file="/sys/fs/cgroup/cpu.max")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "nonsense", "- - -\n", " - cgroup2", "1 2 3 / - cgroup2\n", b"\xff\xfe - \x00"]
-)
+@pytest.mark.parametrize("text", ["", "nonsense", "- - -\n", " - cgroup2", "1 2 3 / - cgroup2\n", b"\xff\xfe - \x00"])
 def test_proc_files_of_nonsense_are_no_limit(tmp_path, text):
     make_tree(tmp_path, {}, cgroup=text, mountinfo=text)
     assert read_limits(tmp_path) == Limits()

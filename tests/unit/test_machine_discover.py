@@ -68,9 +68,7 @@ def test_affinity_and_cpuset_are_intersected():
 
 
 def test_an_affinity_smaller_than_the_cpuset_is_the_reason():
-    assert (
-        cores(cpuset={0, 1, 2}, affinity={2}).reason == "the CPU affinity of the process allows 1 of 8 cores"
-    )
+    assert cores(cpuset={0, 1, 2}, affinity={2}).reason == "the CPU affinity of the process allows 1 of 8 cores"
 
 
 def test_affinity_wins_where_the_cpuset_contradicts_it():
@@ -106,18 +104,14 @@ def test_memory_is_the_smallest_of_three():
     ],
 )
 def test_isa_is_the_widest_complete_instruction_set(flags, isa):
-    text = (
-        f"processor : 0\nvendor_id : GenuineIntel\nmodel name : Xeon: 6\nflags : {flags}\n\nmodel name : b\n"
-    )
+    text = f"processor : 0\nvendor_id : GenuineIntel\nmodel name : Xeon: 6\nflags : {flags}\n\nmodel name : b\n"
     assert read_cpu(text, "x86_64") == Cpu(name="Xeon: 6", vendor="GenuineIntel", isa=isa)
 
 
 def test_arm_is_named_by_implementer_and_part():
     text = "processor\t: 0\nFeatures\t: fp asimd crc32\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n"
     assert read_cpu(text, "aarch64") == Cpu(name="Arm part 0xd0c", vendor="Arm", isa="neon")
-    assert read_cpu("CPU implementer : 0xff\n", "aarch64") == Cpu(
-        name="", vendor="implementer 0xff", isa="neon"
-    )
+    assert read_cpu("CPU implementer : 0xff\n", "aarch64") == Cpu(name="", vendor="implementer 0xff", isa="neon")
 
 
 def test_cpuinfo_of_nonsense_is_a_cpu_without_a_name():

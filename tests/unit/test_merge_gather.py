@@ -65,9 +65,7 @@ def test_a_piece_without_rows_does_not_change_dtype_or_kind(values):
     assert exactly(concat(values), np.array([1, 2]))
 
 
-@pytest.mark.parametrize(
-    "empty", [[], (), np.empty((0, 3), "int8"), pa.array([], pa.string()), TABLE.slice(0, 0)]
-)
+@pytest.mark.parametrize("empty", [[], (), np.empty((0, 3), "int8"), pa.array([], pa.string()), TABLE.slice(0, 0)])
 def test_pieces_without_any_row_give_an_empty_result_of_their_kind(empty):
     assert exactly(concat([empty, empty]), empty)
 

@@ -211,9 +211,7 @@ def test_mean_of_nothing_says_so_in_four_parts(values):
     assert "check that the input is not empty" in caught.value.do
 
 
-@pytest.mark.parametrize(
-    "weight", [NAN, INF, -1.0, -1, 10**400, "2", None, 1j, np.ones(2), np.float64("nan")]
-)
+@pytest.mark.parametrize("weight", [NAN, INF, -1.0, -1, 10**400, "2", None, 1j, np.ones(2), np.float64("nan")])
 def test_a_weight_that_is_not_one_finite_number_is_refused(weight):
     with pytest.raises(DataError, match="the weight"):
         Mean().lift(Weighted(1.0, weight), 1)

@@ -118,9 +118,7 @@ def test_durations_are_read_in_seconds(text, seconds):
     assert parse_duration_s(text) == seconds
 
 
-@pytest.mark.parametrize(
-    "text", ["", "h", "1x", "-1s", -1, float("nan"), float("inf"), True, "1h30", "40000d", "1:30"]
-)
+@pytest.mark.parametrize("text", ["", "h", "1x", "-1s", -1, float("nan"), float("inf"), True, "1h30", "40000d", "1:30"])
 def test_durations_that_mean_nothing_are_refused(text):
     with pytest.raises(RequestError) as refused:
         parse_duration_s(text, name="--timeout")
@@ -129,9 +127,7 @@ def test_durations_that_mean_nothing_are_refused(text):
 
 
 def test_bytes_are_written_with_three_digits_and_decimal_units():
-    written = [
-        format_bytes(value) for value in (0, 512, 999, 1000, 1_500_000_000, 25_276_510_208, 999_999, 2**63)
-    ]
+    written = [format_bytes(value) for value in (0, 512, 999, 1000, 1_500_000_000, 25_276_510_208, 999_999, 2**63)]
     assert written == ["0 B", "512 B", "999 B", "1.00 kB", "1.50 GB", "25.3 GB", "1.00 MB", "9.22 EB"]
 
 

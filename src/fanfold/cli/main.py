@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
+from fanfold import __version__
 from fanfold.errors import FanfoldError, InternalError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 app = App(
     name="fanfold",
     help="Run a model over a whole dataset on every core, with the result that one core would give.",
-    version=lambda: __import__("fanfold").__version__,
+    version=__version__,
     help_format="plaintext",
 )
 
@@ -65,7 +63,8 @@ def run(arguments: list[str]) -> int:
 def _usage(error: Any) -> int:
     text = " ".join(str(error).split())
     print(
-        f"Usage: {text}\n  do:      fanfold {_command(error)}--help".replace("  --help", " --help"), file=sys.stderr
+        f"Usage: {text}\n  do:      fanfold {_command(error)}--help".replace("  --help", " --help"),
+        file=sys.stderr,
     )
     return 2
 
@@ -96,7 +95,7 @@ def embed(
     column: str = "text",
     on: str = "cpu",
     keep: str = "all",
-    id: str | None = None,  # noqa: A002
+    id: str | None = None,
     prefix: str = "",
     prefix_text: str | None = None,
     prompt_name: str | None = None,
@@ -195,8 +194,119 @@ def embed(
     )
     run = run_embed(flags, config=config, quiet=quiet, color=_color(no_color))
     if json_:
-        print(json.dumps(run.summary if not dry_run else run.plan, indent=2))
+        print(json.dumps(run.summary or run.plan, indent=2))
     return run.exit_code
+
+
+@app.command(name="run")
+def run_config(
+    job: str,
+    *,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+    verbose: Annotated[bool, Parameter(negative="")] = False,
+    no_color: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Carry out a job that a TOML file describes: the flags of a command as keys, and task = "embed".
+
+    Parameters
+    ----------
+    job
+        The file, for example job.toml.
+    json_
+        Print the summary as JSON on stdout.
+    quiet
+        Say nothing but errors.
+    verbose
+        Say more; show tracebacks.
+    no_color
+        No colors (also the variable NO_COLOR).
+    """
+    from fanfold.job.command import EmbedFlags, run_embed
+
+    run = run_embed(EmbedFlags(), config=job, quiet=quiet, color=_color(no_color))
+    if json_:
+        print(json.dumps(run.summary or run.plan, indent=2))
+    return run.exit_code
+
+
+@app.command
+def verify(
+    out: str,
+    *,
+    sample: int = 200,
+    seed: int = 0,
+    model: str | None = None,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    verbose: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Check a finished job: every checksum, and a sample of rows computed again on one unit, byte for byte.
+
+    Parameters
+    ----------
+    out
+        What -o named.
+    sample
+        Whole batches are computed again until they hold this many rows; 0 checks the checksums alone.
+    seed
+        Which batches are drawn.
+    model
+        Where the model's folder is now, if it was moved.
+    json_
+        Print the verdict as JSON on stdout.
+    verbose
+        Show tracebacks.
+    """
+    from fanfold.job.verify import verify as check
+
+    verdict = check(out, sample=sample, seed=seed, model=model)
+    if json_:
+        print(json.dumps(verdict.record, indent=2))
+    else:
+        print(verdict.text)
+    return 0
+
+
+@app.command
+def show(out: str, *, verbose: Annotated[bool, Parameter(negative="")] = False) -> int:
+    """Say what a run was asked, what it chose and why, how far it is, and what failed.
+
+    Parameters
+    ----------
+    out
+        What -o named.
+    verbose
+        Show tracebacks.
+    """
+    from fanfold.job.show import show as page
+
+    print(page(out))
+    return 0
+
+
+@app.command
+def machine(
+    *,
+    probe: bool = True,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    verbose: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Say what this machine has, what this process may use of it, and how fast it is (2 seconds).
+
+    Parameters
+    ----------
+    probe
+        Measure the rate of matrix products and the memory bandwidth.
+    json_
+        Print it as JSON on stdout.
+    verbose
+        Show tracebacks.
+    """
+    from fanfold.job.machine import machine_record, machine_text
+
+    record = machine_record(measure=probe)
+    print(json.dumps(record, indent=2) if json_ else machine_text(record))
+    return 0
 
 
 def _color(no_color: bool) -> bool:

@@ -200,7 +200,7 @@ def holder_stamp() -> dict[str, Any]:
     }
 
 
-class _storage_errors:  # noqa: N801 - reads as a statement
+class _storage_errors:
     """Turns OSError into StorageError with the path, the need and what is free."""
 
     def __init__(self, path: Path, doing: str) -> None:

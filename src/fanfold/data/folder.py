@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fanfold.data.durable import PosixStore
 from fanfold.errors import ResumeError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 RUN, SUMMARY, SUCCESS, QUARANTINE, TRACE, CLAIM = (
     "run.json",
@@ -38,9 +40,7 @@ class Output:
         return self.file or self.folder
 
 
-def open_run(
-    output: Output, *, overwrite: bool, sync: bool = True
-) -> tuple[PosixStore, dict[str, Any] | None]:
+def open_run(output: Output, *, overwrite: bool, sync: bool = True) -> tuple[PosixStore, dict[str, Any] | None]:
     """The claimed store and the run.json of the job it holds, None for a new one. Touches nothing foreign."""
     folder = output.folder
     found = _foreign(folder)

@@ -45,8 +45,8 @@ def append(store: PosixStore, entries: Iterable[dict[str, Any]]) -> None:
     store.append(NAME, b"".join(encode(entry) for entry in entries))
 
 
-def load(store: PosixStore) -> list[dict[str, Any]]:
-    """All entries in order; a torn end is cut off the file."""
+def load(store: PosixStore, *, repair: bool = True) -> list[dict[str, Any]]:
+    """All entries in order; a torn end is cut off the file, or only left out where `repair` is False."""
     data = store.read(NAME)
     if data is None:
         return []
@@ -63,7 +63,8 @@ def load(store: PosixStore) -> list[dict[str, Any]]:
                     allowed="a log that only Fanfold has written",
                     do="restore the file from a backup, or start anew with --overwrite",
                 )
-            store.truncate(NAME, start)
+            if repair:
+                store.truncate(NAME, start)
             break
         entries.append(entry)
         start = end + 1

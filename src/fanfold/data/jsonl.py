@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 INFERRED_RECORDS = 4096
 INFERRED_BYTES = 64 << 20
-MAX_DEPTH = (
-    200  # well under Python's recursion limit, so that the outcome does not depend on the caller's stack
-)
+MAX_DEPTH = 200  # well under Python's recursion limit, so that the outcome does not depend on the caller's stack
 _SPACE = " \t\r\n"
 _DEPTH_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
 
@@ -196,9 +194,7 @@ def jsonl_decoder(
     elif isinstance(keep, tuple):
         columns = tuple(inferred[name] for name in keep if name in inferred)
     refuses_unknown = keep == "all" and form == "typed"
-    return JsonlDecoder(
-        column=column, id_column=id_column, form=form, columns=columns, refuses_unknown=refuses_unknown
-    )
+    return JsonlDecoder(column=column, id_column=id_column, form=form, columns=columns, refuses_unknown=refuses_unknown)
 
 
 def _no_column(name: str, where: str, there: list[str]) -> InputError:

@@ -191,9 +191,7 @@ def _mismatch(column: Column, found: str) -> Problem:
 
 
 def _surrogate(column: Column) -> Problem:
-    return Problem(
-        "BadText", f"column '{inert(column.name)}' holds half of a surrogate pair, which is not text"
-    )
+    return Problem("BadText", f"column '{inert(column.name)}' holds half of a surrogate pair, which is not text")
 
 
 def words_for(value: object) -> str:

@@ -220,9 +220,7 @@ def _of_url(url: str) -> list[InputFile]:
 
 def _url_file(fs: Any, inner: str, url: str) -> InputFile:
     info = fs.info(inner)
-    changed = (
-        info.get("mtime") or info.get("LastModified") or info.get("last_modified") or info.get("updated")
-    )
+    changed = info.get("mtime") or info.get("LastModified") or info.get("last_modified") or info.get("updated")
     seconds = changed.timestamp() if hasattr(changed, "timestamp") else changed
     mtime_ns = int(seconds * 1e9) if isinstance(seconds, int | float) else None
     return InputFile(path=url, size_bytes=info.get("size"), mtime_ns=mtime_ns)

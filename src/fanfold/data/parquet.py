@@ -109,9 +109,7 @@ class ParquetSource:
                 problems[i] = Problem("NullText", f"{shown} is null")
         return texts
 
-    def _failure(
-        self, batch: pa.RecordBatch, i: int, offset: int, file: int, at: int, problem: Problem
-    ) -> RowFailure:
+    def _failure(self, batch: pa.RecordBatch, i: int, offset: int, file: int, at: int, problem: Problem) -> RowFailure:
         row_id = None
         if self.id_column:
             try:

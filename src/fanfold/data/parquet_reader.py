@@ -120,6 +120,4 @@ class _Reader:
         return max(1, min(CHUNK_ROWS, wanted))
 
 
-_READERS: OrderedDict[_Key, _Reader] = (
-    OrderedDict()
-)  # of this process; a window mostly follows the one before
+_READERS: OrderedDict[_Key, _Reader] = OrderedDict()  # of this process; a window mostly follows the one before

@@ -37,6 +37,9 @@ def open_sink(name: str, file: Any, schema: pa.Schema) -> Sink:
 
 
 class _Sink:
+    def write(self, batch: pa.RecordBatch) -> None:
+        raise NotImplementedError
+
     def __enter__(self) -> Any:
         return self
 
@@ -88,9 +91,7 @@ class JsonlSink(_Sink):
         self._schema = schema
 
     def write(self, batch: pa.RecordBatch) -> None:
-        columns = [
-            _json_cells(field, column) for field, column in zip(batch.schema, batch.columns, strict=True)
-        ]
+        columns = [_json_cells(field, column) for field, column in zip(batch.schema, batch.columns, strict=True)]
         names = [json.dumps(name, ensure_ascii=False) for name in batch.schema.names]
         lines = []
         for cells in zip(*columns, strict=True):

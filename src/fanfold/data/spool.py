@@ -169,9 +169,7 @@ class _Writer:
         self._folder = folder
         self._joiner = joiner
         self._open: _SpoolFile | None = None
-        self.written_to: int | None = (
-            None  # position in the current input file; None: its rows are not reached
-        )
+        self.written_to: int | None = None  # position in the current input file; None: its rows are not reached
 
     def write(self, block: bytes, base: int, stop: int) -> None:
         """Bytes of the block, whose first is at `base`, from where the last write ended up to `stop`."""
@@ -185,9 +183,7 @@ class _Writer:
     def position(self, at: int) -> int:
         """Where a byte of the input file that is written already lies in the spool file."""
         if self._open is None or self.written_to is None:
-            raise InternalError(
-                "a position in a spool file", found="no file is open", allowed="one", do="report this"
-            )
+            raise InternalError("a position in a spool file", found="no file is open", allowed="one", do="report this")
         return at + self._open.num_bytes - self.written_to
 
     def close(self) -> Window:
@@ -294,11 +290,7 @@ class SpoolSource:
             for block in itertools.chain(handed, [b""]):
                 skipping = dealer.skip
                 cut = cutter.feed(block) if block else cutter.finish()
-                if (
-                    writer.written_to is None
-                    and cutter.body_start is not None
-                    and skipping <= cut.num_records
-                ):
+                if writer.written_to is None and cutter.body_start is not None and skipping <= cut.num_records:
                     writer.written_to = int(cut.ends[skipping - 1]) if skipping else cutter.body_start
                 for share in dealer.shares(cut):
                     writer.write(block, base, share.stop)
@@ -322,7 +314,5 @@ class SpoolSource:
         with path.open("rb") as handle:
             for span in window.spans:
                 cutter = Cutter(self.decoder.rules, offset=span.start, line=span.first_line)
-                handed = blocks(
-                    handle, path=str(path), start=span.start, stop=span.stop, block_bytes=self.block_bytes
-                )
+                handed = blocks(handle, path=str(path), start=span.start, stop=span.stop, block_bytes=self.block_bytes)
                 yield from read_records(handed, cutter, file=span.file, offset=span.start)

@@ -65,9 +65,7 @@ def bad_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8: byte {error.start} of the record is 0x{found:02x} ({error.reason})"
 
 
-def text_decoder(
-    *, column: str, id_column: str | None, keep: str | tuple[str, ...], form: Form
-) -> TextDecoder:
+def text_decoder(*, column: str, id_column: str | None, keep: str | tuple[str, ...], form: Form) -> TextDecoder:
     """Raises InputError where a column other than `text` is asked for."""
     wanted = [column, *([id_column] if id_column else []), *(keep if isinstance(keep, tuple) else ())]
     for name in wanted:

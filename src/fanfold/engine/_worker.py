@@ -80,7 +80,7 @@ def _zygote(channel: Channel, hello: Hello) -> None:
     gc.freeze()
     try:
         while True:
-            select.select([channel, wake_read], [], [])
+            select.select([channel.fileno(), wake_read], [], [])
             while select.select([wake_read], [], [], 0)[0]:
                 os.read(wake_read, 512)
             for pid in list(children):
@@ -159,7 +159,8 @@ def _worker(channel: Channel, hello: Hello) -> None:
     from fanfold.engine.engine import Desk
 
     faulthandler.enable()  # a crash leaves its stack on stderr, which the parent keeps
-    _watch_parent(channel)
+    if not sys.platform.startswith("linux"):
+        _watch_parent()
     stop = False
 
     def stopping() -> bool:
@@ -230,10 +231,8 @@ def portable(error: BaseException) -> BaseException:
     return error
 
 
-def _watch_parent(channel: Channel) -> None:
+def _watch_parent() -> None:
     """Where the kernel does not end orphans (macOS), a thread does."""
-    if sys.platform == "linux":
-        return
     import threading
     import time
 

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fanfold import events
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -83,6 +85,11 @@ class Timer:
     def __exit__(self, *_: object) -> None:
         elapsed_s = time.monotonic() - self.start_s
         self.desk.spans.append(Span(self.kind, self.start_s, elapsed_s, self.detail))
+
+
+def work_event(unit: str, span: Span) -> events.Work:
+    """The span as an event of the unit."""
+    return events.Work(at_s=span.start_s, unit=unit, kind=span.kind, elapsed_s=span.elapsed_s, detail=span.detail)
 
 
 class Work(Protocol):

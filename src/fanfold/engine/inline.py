@@ -7,7 +7,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
-from fanfold.engine.engine import Desk, Failure
+from fanfold.engine.engine import Desk, Failure, work_event
 from fanfold.errors import PlanError
 from fanfold.events import Batch, UnitReady
 from fanfold.plan.plan import Unit
@@ -44,9 +44,15 @@ class Inline:
             try:
                 result = work.carry_out(assignment, desk)
             except Exception as error:
+                self._tell_spans(agenda)
                 agenda.failed(self._unit, assignment, Failure(error=error, traceback=traceback.format_exc()))
             else:
+                self._tell_spans(agenda)
                 agenda.finished([(self._unit, assignment, result)])
+
+    def _tell_spans(self, agenda: Agenda) -> None:
+        for span in self._desk.take_spans():
+            agenda.tell(work_event(self._unit.name, span))
 
     def start_group(self, program: Program, size: int) -> GroupHandle:
         raise PlanError(

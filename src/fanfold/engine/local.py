@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
-from fanfold.engine.engine import Failure
+from fanfold.engine.engine import Failure, work_event
 from fanfold.engine.group import Group
 from fanfold.engine.supervisor import START_TIMEOUT_S, Process, Supervisor
 from fanfold.engine.wire import Closed
 from fanfold.errors import UnitLost
 from fanfold.events import Batch, UnitDied, UnitReady
-from fanfold.events import Work as WorkEvent
 
 if TYPE_CHECKING:
     from fanfold.engine.engine import Agenda, Assignment, GroupHandle, Program, Work
@@ -170,15 +169,7 @@ class Local:
                 assignment, seat.assignment = seat.assignment, None
                 assert assignment is not None
                 for span in spans:
-                    agenda.tell(
-                        WorkEvent(
-                            at_s=span.start_s,
-                            unit=name,
-                            kind=span.kind,
-                            elapsed_s=span.elapsed_s,
-                            detail=span.detail,
-                        )
-                    )
+                    agenda.tell(work_event(name, span))
                 if kind == "done":
                     seat.early_deaths = 0
                     results.append((seat.unit, assignment, outcome))

@@ -203,9 +203,7 @@ class Schedule:
             if len(seen) != window.num_left:
                 self._broken(f"window {index}: {len(seen)} pieces in line or out, {window.num_left} left")
         cost = sum(
-            sum((window.costs or ())[start:stop])
-            for window in self._open.values()
-            for start, stop in window.todo
+            sum((window.costs or ())[start:stop]) for window in self._open.values() for start, stop in window.todo
         )
         if cost != self._todo_cost:
             self._broken(f"cost in line is {cost}, the counter says {self._todo_cost}")
@@ -294,9 +292,10 @@ class Schedule:
         first, last = self._windows_of(part)
         full = last - first + 1 == self.windows_per_part or self._num_windows is not None
         out = any(isinstance(o, Assemble) and o.part == part for o in self._out.values())
-        if full and not out and part not in self._ready_parts and first <= last:
-            if all(window in self._computed for window in range(first, last + 1)):
-                self._ready_parts.append(part)
+        if not full or out or part in self._ready_parts or first > last:
+            return
+        if all(window in self._computed for window in range(first, last + 1)):
+            self._ready_parts.append(part)
 
     def _windows_of(self, part: int) -> tuple[int, int]:
         first = part * self.windows_per_part

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import fanfold
 from fanfold.engine._worker import Hello
 from fanfold.engine.wire import Channel, Closed, pair
 from fanfold.errors import UnitLost
@@ -46,7 +45,7 @@ def child_environment(threads: int) -> dict[str, str]:
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     # Arrow's allocator would start a thread at import, and a process with threads must not be forked.
     environment["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
-    root = str(Path(fanfold.__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return environment
@@ -256,9 +255,9 @@ class Supervisor:
                     process.pid = pid
                     self._by_pid[pid] = process
                 case ("exited", pid, code):
-                    process = self._by_pid.pop(pid, None)  # type: ignore[assignment]
-                    if process is not None:
-                        process.exit_code = code
+                    ended = self._by_pid.pop(pid, None)
+                    if ended is not None:
+                        ended.exit_code = code
         return True
 
     def _forget_zygote(self) -> None:

@@ -16,7 +16,15 @@ from fanfold.data import journal
 from fanfold.data.source import RowFailure, Span, Window
 from fanfold.engine.engine import Assignment
 from fanfold.engine.schedule import Assemble, Compute, Load, Prepare, Schedule
-from fanfold.errors import DataError, DifferenceFound, FanfoldError, InternalError, PieceFailed, UnitLost, cause_line
+from fanfold.errors import (
+    DataError,
+    DifferenceFound,
+    FanfoldError,
+    InternalError,
+    PieceFailed,
+    UnitLost,
+    cause_line,
+)
 from fanfold.events import Event, InputEnded, Note, WindowFound, WindowPrepared
 from fanfold.job.prepare import is_sound
 from fanfold.job.work import (
@@ -160,7 +168,7 @@ class JobAgenda:
             match entry["kind"]:
                 case "window":
                     costs[entry["window"]] = tuple(entry["costs"])
-                    self._found(_window_of(entry))
+                    self._found(window_of(entry))
                     self._know(entry["window"], entry)
                 case "lease":
                     window = self._open[entry["window"]]
@@ -488,7 +496,7 @@ def _shown(instruction: Any, windows: dict[int, _OpenWindow]) -> str:
     return str(instruction)
 
 
-def _window_of(entry: dict[str, Any]) -> Window:
+def window_of(entry: dict[str, Any]) -> Window:
     names = ("file", "start", "stop", "rows", "first_line")
     return Window(
         index=entry["window"],

@@ -114,4 +114,15 @@ def with_config(flags: EmbedFlags, path: Path) -> EmbedFlags:
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
     given = {name: getattr(flags, name) for name, field in known.items() if getattr(flags, name) != field.default}
-    return EmbedFlags(**{**values, **given})
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(EmbedFlags).validate_python({**values, **given}, strict=False)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise RequestError(
+            f"--config {path}",
+            found=f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            allowed="the types of the command's flags",
+            do="correct the file",
+        ) from None

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def batches_of(items: pa.RecordBatch) -> Iterator[tuple[list[np.ndarray], int]]:
     ends = column.offsets.to_numpy()
     flat = column.values.to_numpy()
     borders = [0, *(np.flatnonzero(np.diff(batch)) + 1).tolist(), len(batch)]
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+    for start, stop in pairwise(borders):
         yield [flat[ends[row] : ends[row + 1]] for row in range(start, stop)], int(lengths[start])
 
 

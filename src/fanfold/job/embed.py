@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fanfold.job.run import Display, Run
+    from fanfold.plan.numerics import Dtype
 
 
 def embed_files(
@@ -21,7 +22,7 @@ def embed_files(
     *,
     model: str | None = None,
     revision: str | None = None,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     max_length: int | None = None,
     prefix_text: str | None = None,
     prompt_name: str | None = None,
@@ -47,9 +48,7 @@ def embed_files(
 
     if not inputs:
         raise missing_inputs()
-    return run_job(
-        task, Request(inputs=tuple(inputs), out=Path(out), **request), display, signals=signals
-    )
+    return run_job(task, Request(inputs=tuple(inputs), out=Path(out), **request), display, signals=signals)
 
 
 def embed(

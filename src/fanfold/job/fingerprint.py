@@ -22,9 +22,7 @@ def fingerprint(
 ) -> dict[str, Any]:
     """Everything that shapes the output, as plain values."""
     return {
-        "inputs": [
-            {"path": file.path, "bytes": file.size_bytes, "mtime_ns": file.mtime_ns} for file in source.files
-        ],
+        "inputs": [{"path": file.path, "bytes": file.size_bytes, "mtime_ns": file.mtime_ns} for file in source.files],
         "task": task.record,
         "settings": {**request.record, "format": format_name},
         "numerics": numerics.record(),

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fanfold.data import journal
@@ -15,6 +14,8 @@ from fanfold.data.folder import QUARANTINE, RUN, SUCCESS, SUMMARY, TRACE, write_
 from fanfold.errors import InternalError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fanfold.data.durable import PosixStore
     from fanfold.data.folder import Output
     from fanfold.job.agenda import Totals
@@ -41,8 +42,11 @@ def finish(
     parts = [entry for _, entry in sorted(totals.parts.items())]
     if not parts:
         parts = [_empty_part(work, store)]
+    file_sha256 = None
     if output.file is not None:
         _publish_file(work, store, output.file, parts)
+        with output.file.open("rb") as file:
+            file_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     elapsed_s = time.monotonic() - timeline.start_s
     computed = totals.rows_computed - totals.rows_resumed
     idle_share = timeline.idle_share()
@@ -67,6 +71,7 @@ def finish(
         "parts": len(totals.parts),
         "output": str(output.shown),
         "output_sha256": output_sha256(parts),
+        "file_sha256": file_sha256,
     }
     write_json(store, SUMMARY, summary)
     store.replace(TRACE, timeline.trace())
@@ -135,7 +140,10 @@ def _publish_file(work: JobWork, store: PosixStore, target: Path, parts: list[di
             return  # published by an earlier run that died before _SUCCESS
         missing = next(name for name in names if not name.exists())
         raise InternalError(
-            f"publishing {target}", found=f"{missing} is gone", allowed="every part", do="start anew with --overwrite"
+            f"publishing {target}",
+            found=f"{missing} is gone",
+            allowed="every part",
+            do="start anew with --overwrite",
         )
     temporary.parent.mkdir(exist_ok=True)
     if len(names) == 1:
@@ -156,7 +164,9 @@ def _join_parquet(names: list[Path], target: Path) -> None:
 
     schema = pq.read_schema(names[0])
     others = [field.name for field in schema if str(field.type).startswith("fixed_size_list") is False]
-    with pq.ParquetWriter(target, schema, use_dictionary=others, write_statistics=others, compression="snappy") as writer:
+    with pq.ParquetWriter(
+        target, schema, use_dictionary=others, write_statistics=others, compression="snappy"
+    ) as writer:
         for name in names:
             with pq.ParquetFile(name) as part:
                 for group in range(part.num_row_groups):

@@ -130,7 +130,10 @@ def _write_items(path: Path, plan: Cut, ids: dict[int, np.ndarray]) -> str:
 def ensure_prepared(work: JobWork, opened: Opened, detail: WindowDetail, store: PosixStore) -> None:
     """The window's files are there and sound: looked at once per process, made again where they are not."""
     window = detail.window
-    for name, sha256 in ((items_name(window.index), detail.items_sha256), (kept_name(window.index), detail.kept_sha256)):
+    for name, sha256 in (
+        (items_name(window.index), detail.items_sha256),
+        (kept_name(window.index), detail.kept_sha256),
+    ):
         if not is_sound(store.path(name), sha256):
             _forget(store)
             prepare_window(work, opened, window, store)

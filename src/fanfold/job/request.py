@@ -46,7 +46,10 @@ class Request:
             )
         if self.limit is not None and self.limit < 0:
             raise RequestError(
-                f"--limit {self.limit}", found="a negative number", allowed="0 or more rows", do="choose a number"
+                f"--limit {self.limit}",
+                found="a negative number",
+                allowed="0 or more rows",
+                do="choose a number",
             )
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fanfold import __version__
 from fanfold.data import journal
 from fanfold.data.folder import RUN, SUCCESS, Output, open_run, read_json, write_json
 from fanfold.data.opening import open_source
@@ -18,8 +19,8 @@ from fanfold.engine.schedule import Schedule
 from fanfold.errors import DataError, InputError, RequestError, ResumeError, Stopped
 from fanfold.job import engines
 from fanfold.job.agenda import JobAgenda
-from fanfold.job.finish import finish
 from fanfold.job.fingerprint import check_same, fingerprint
+from fanfold.job.finish import finish
 from fanfold.job.work import JobWork, OutputRules
 from fanfold.machine.discover import discover
 from fanfold.machine.threads import held_threads
@@ -115,7 +116,12 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
     store, stored = open_run(output, overwrite=request.overwrite, sync=request.sync)
     try:
         wanted = fingerprint(
-            source=source, task=task, request=request, numerics=numerics, format_name=output.format, machine=machine
+            source=source,
+            task=task,
+            request=request,
+            numerics=numerics,
+            format_name=output.format,
+            machine=machine,
         )
         if stored is not None:
             check_same(stored.get("fingerprint", {}), wanted, str(output.shown))
@@ -128,12 +134,9 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
             task=task,
             source=source,
             numerics=numerics,
-            output=OutputRules(
-                format=output.format, prefix=request.prefix, failed_as_null=request.on_error == "null"
-            ),
+            output=OutputRules(format=output.format, prefix=request.prefix, failed_as_null=request.on_error == "null"),
             folder=store.root,
             sync=request.sync,
-            in_process=plan.engine == "inline",
         )
         return _carry_out(work, plan, request, store, output, display, signals=signals)
     finally:
@@ -216,13 +219,13 @@ def _run_engine(work: JobWork, plan: Plan, agenda: JobAgenda) -> None:
 
 
 def _numerics(task: Task, kind: str) -> Numerics:
-    numerics = Numerics(dtype=getattr(task, "dtype", "float32"), device="cuda" if kind == "cuda" else "cpu")
+    numerics = Numerics(dtype=task.dtype, device="cuda" if kind == "cuda" else "cpu")
     width = sum(column.bytes_per_row for column in task.columns)
     return replace(numerics, windows_per_part=windows_per_part(numerics.window_rows, width))
 
 
 def _job(task: Task, source: Source) -> Job:
-    return Job(weights_bytes=getattr(task, "weights_bytes", 0), input_bytes=source.total_bytes)
+    return Job(weights_bytes=task.weights_bytes, input_bytes=source.total_bytes)
 
 
 def _check_inputs_outside(request: Request, output: Output) -> None:
@@ -266,15 +269,23 @@ def _finished(store: PosixStore, output: Output) -> dict[str, Any] | None:
 def _run_record(
     plan: Plan, wanted: dict[str, Any], machine: Machine, task: Task, request: Request, output: Output
 ) -> dict[str, Any]:
-    import fanfold
-
     return {
-        "fanfold_version": fanfold.__version__,
+        "fanfold_version": __version__,
         "level": plan.numerics.level,
         "plan": plan.record(),
         "fingerprint": wanted,
-        "request": {"inputs": list(request.inputs), "out": str(output.shown), "on": request.on, **request.record},
-        "task": {"name": task.name, "columns": [column.name for column in task.columns], **task.shown},
+        "request": {
+            "inputs": list(request.inputs),
+            "out": str(output.shown),
+            "on": request.on,
+            **request.record,
+        },
+        "task": {
+            "name": task.name,
+            "columns": [column.name for column in task.columns],
+            **task.shown,
+            "reference": task.reference,
+        },
         "machine": {"cpu": machine.cpu_name, "cores": machine.cores, "memory_bytes": machine.memory_bytes},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

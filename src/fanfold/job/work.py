@@ -7,8 +7,7 @@ writes it. Workers read and write files themselves; only names, counts and hashe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fanfold.data.durable import PosixStore
@@ -16,12 +15,12 @@ from fanfold.engine.schedule import Assemble, Compute, Load, Prepare
 from fanfold.errors import InternalError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fanfold.data.source import RowFailure, Source, Window
     from fanfold.engine.engine import Assignment, Desk
     from fanfold.plan.numerics import Numerics
     from fanfold.tasks.task import Opened, Task
-
-_OPENED = "opened task"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +105,6 @@ class JobWork:
     output: OutputRules
     folder: Path
     sync: bool = True
-    in_process: bool = False  # inline: the caller's own thread settings are not ours to change for good
-    attempt_tag: str = field(default="")
 
     @property
     def imports(self) -> tuple[str, ...]:
@@ -123,7 +120,8 @@ class JobWork:
         store = PosixStore(self.folder, sync=self.sync)
         match assignment.instruction:
             case Load():
-                return self.loaded(desk)
+                self.loaded(desk)
+                return None
             case Prepare():
                 with desk.timed("prepare", f"window {assignment.instruction.window}"):
                     return prepare.prepare_window(self, self.opened(desk), assignment.detail.window, store)
@@ -139,24 +137,23 @@ class JobWork:
 
     def opened(self, desk: Desk) -> Opened:
         """The task on this unit; a warm unit keeps the model of the job before where it is the same."""
-        key, opened = desk.cache.get(_OPENED, (None, None))
         wanted = (self.task.key, self.numerics.dtype, self.numerics.threads_per_unit)
-        if key != wanted:
-            opened = self.task.open(desk.unit, self.numerics)
-            desk.cache[_OPENED] = (wanted, opened)
+        if desk.cache.get("key") != wanted:
+            desk.cache.clear()
+            desk.cache.update(key=wanted, opened=self.task.open(desk.unit, self.numerics), loaded=False)
+        opened: Opened = desk.cache["opened"]
         return opened
 
     def loaded(self, desk: Desk) -> Opened:
         """As `opened`, with the model in memory and the number of threads verified."""
         opened = self.opened(desk)
-        if not desk.cache.get(id(opened)):
+        if not desk.cache["loaded"]:
             from fanfold.machine.threads import hold_threads
 
             with desk.timed("load"):
                 opened.load()
-                if not self.in_process:
-                    hold_threads(self.threads)
-            desk.cache[id(opened)] = True  # type: ignore[index]
+                hold_threads(self.threads)  # inline, the engine's caller gives the process its settings back
+            desk.cache["loaded"] = True
         return opened
 
 

@@ -193,9 +193,7 @@ def _mounts(text: str) -> list[_Mount]:
         left, right = before.split(), after.split()
         if not dash or len(left) < 5 or not right or right[0] not in ("cgroup", "cgroup2"):
             continue
-        group, point = (
-            re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), part) for part in left[3:5]
-        )
+        group, point = (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), part) for part in left[3:5])
         controllers = None if right[0] == "cgroup2" else frozenset(right[-1].split(","))
         found[point, controllers is None] = _Mount(point=point, group=group, controllers=controllers)
     return list(found.values())

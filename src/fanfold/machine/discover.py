@@ -107,9 +107,7 @@ def discover(root: Path = _SYSTEM_ROOT) -> Machine:
     total_cores = os.cpu_count() or 1
     total_memory_bytes = physical_memory_bytes(root)
     cores = allowed_cores(limits, affinity=_affinity(total_cores), total_cores=total_cores)
-    memory = allowed_memory(
-        limits, physical_bytes=total_memory_bytes, address_space_bytes=_address_space_bytes()
-    )
+    memory = allowed_memory(limits, physical_bytes=total_memory_bytes, address_space_bytes=_address_space_bytes())
     cpu = _mac_cpu() if system == "Darwin" else read_cpu(_text(root / "proc/cpuinfo"), platform.machine())
     return Machine(
         cores=cores.count,
@@ -136,9 +134,7 @@ def check_system(system: str) -> None:
             "Fanfold runs on Linux or macOS only",
             found=f"the system is {system or 'unknown'}",
             allowed="Linux, macOS",
-            do="on Windows, run the same command inside WSL 2"
-            if system == "Windows"
-            else "use a Linux machine",
+            do="on Windows, run the same command inside WSL 2" if system == "Windows" else "use a Linux machine",
         )
 
 
@@ -156,9 +152,7 @@ def allowed_cores(limits: Limits, *, affinity: frozenset[int], total_cores: int)
         if both and limits.cpuset.cores <= affinity:
             reason = f"the cpuset allows {_of(len(both), total_cores)} ({limits.cpuset.file})"
         elif both and both != affinity:
-            reason = (
-                f"affinity and cpuset together allow {_of(len(both), total_cores)} ({limits.cpuset.file})"
-            )
+            reason = f"affinity and cpuset together allow {_of(len(both), total_cores)} ({limits.cpuset.file})"
         numbers = both or affinity
     count = max(len(numbers), 1)
     if limits.quota is not None and max(int(limits.quota.cores), 1) < count:
@@ -169,9 +163,7 @@ def allowed_cores(limits: Limits, *, affinity: frozenset[int], total_cores: int)
 
 def allowed_memory(limits: Limits, *, physical_bytes: int, address_space_bytes: int | None) -> Memory:
     """The smallest of physical memory, cgroup limit and RLIMIT_AS (`address_space_bytes`; None: no limit)."""
-    found = [
-        Memory(allowed_bytes=physical_bytes, reason=f"all {format_bytes(physical_bytes)} of the machine")
-    ]
+    found = [Memory(allowed_bytes=physical_bytes, reason=f"all {format_bytes(physical_bytes)} of the machine")]
     if limits.memory is not None:
         shown = format_bytes(limits.memory.limit_bytes)
         reason = f"the cgroup allows {shown} of {format_bytes(physical_bytes)} ({limits.memory.file})"
@@ -196,9 +188,7 @@ def read_cpu(cpuinfo: str, architecture: str) -> Cpu:
     name = first.get("model name", "")
     if not name and "cpu part" in first:
         name = f"{vendor} part {first['cpu part']}".strip()
-    return Cpu(
-        name=name, vendor=vendor, isa=_isa(first.get("flags", first.get("features", "")), architecture)
-    )
+    return Cpu(name=name, vendor=vendor, isa=_isa(first.get("flags", first.get("features", "")), architecture))
 
 
 def physical_memory_bytes(root: Path = _SYSTEM_ROOT) -> int:
@@ -259,15 +249,11 @@ def _gpus_by_program(wanted: list[str] | None) -> tuple[Gpu, ...]:
     rows = [[part.strip() for part in line.split(",", 3)] for line in text.splitlines()]
     # Memory is in MiB; a GPU that tells none ("[N/A]": memory shared with the CPU) counts as 0.
     known = [
-        (row[0], row[1], row[3], int(row[2]) * 2**20 if row[2].isdecimal() else 0)
-        for row in rows
-        if len(row) == 4
+        (row[0], row[1], row[3], int(row[2]) * 2**20 if row[2].isdecimal() else 0) for row in rows if len(row) == 4
     ]
     found: list[Gpu] = []
     for entry in wanted if wanted is not None else [index for index, *_ in known]:
-        match = [
-            row for row in known if row[0] == entry or (entry.startswith("GPU-") and row[1].startswith(entry))
-        ]
+        match = [row for row in known if row[0] == entry or (entry.startswith("GPU-") and row[1].startswith(entry))]
         if len(match) != 1:
             break
         found.append(Gpu(index=len(found), name=match[0][2], memory_bytes=match[0][3]))

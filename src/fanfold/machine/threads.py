@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+_torch_before: list[int] = []  # what torch had before it was held, oldest first
+
+
 def hold_threads(num_threads: int) -> None:
     """No pool of this process runs more threads than this; InternalError where one does not obey.
 
@@ -22,6 +25,7 @@ def hold_threads(num_threads: int) -> None:
 
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != num_threads:
+        _torch_before.append(torch.get_num_threads())
         torch.set_num_threads(num_threads)
     over = _over(num_threads)
     if over:
@@ -38,18 +42,20 @@ def hold_threads(num_threads: int) -> None:
 
 @contextlib.contextmanager
 def held_threads(num_threads: int) -> Iterator[None]:
-    """As hold_threads, for a while: the caller's own process gets its settings back."""
+    """As hold_threads, for a while: the caller's own process gets its settings back.
+
+    A library that is imported inside must be held again, once it is there.
+    """
     import threadpoolctl
 
-    torch = sys.modules.get("torch")
-    before = torch.get_num_threads() if torch is not None else None
     with threadpoolctl.threadpool_limits(limits=num_threads):
+        _torch_before.clear()
         hold_threads(num_threads)
         try:
             yield
         finally:
-            if torch is not None and before is not None:
-                torch.set_num_threads(before)
+            if _torch_before:
+                sys.modules["torch"].set_num_threads(_torch_before[0])
 
 
 def _over(num_threads: int) -> list[str]:

@@ -112,7 +112,11 @@ def _cpu_units(count: int) -> tuple[Unit, ...]:
 
 
 def _plan(
-    engine: str, units: tuple[Unit, ...], numerics: Numerics, reasons: list[str], warnings: list[str] | None = None
+    engine: str,
+    units: tuple[Unit, ...],
+    numerics: Numerics,
+    reasons: list[str],
+    warnings: list[str] | None = None,
 ) -> Plan:
     return Plan(
         engine=engine,

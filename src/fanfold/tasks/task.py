@@ -72,6 +72,18 @@ class Task(Protocol):
         """All settings that shape the result, model file hashes included: the task's part of the fingerprint."""
 
     @property
+    def reference(self) -> str:
+        """Names the model again, for a later `verify`."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the model's weights, shared by the units of one machine."""
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """What the model computes in."""
+
+    @property
     def shown(self) -> dict[str, str]:
         """What a person wants to know of the task, a line each."""
 

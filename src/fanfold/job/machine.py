@@ -1,0 +1,99 @@
+"""`fanfold machine`: what there is, what is allowed, and how fast it is, measured for about two seconds."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fanfold import extras
+from fanfold.machine.discover import discover
+from fanfold.machine.probe import Probe, numpy_matmul, numpy_threads, probe
+from fanfold.quantity import format_bytes, format_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from fanfold.machine.discover import Machine
+
+_MIN_SHM_BYTES = 64_000_000
+
+
+def machine_record(*, measure: bool = True, budget_s: float = 2.0) -> dict[str, Any]:
+    """Plain values for --json."""
+    machine = discover()
+    record: dict[str, Any] = {
+        "system": machine.system,
+        "python": machine.python_version,
+        "cpu": machine.cpu_name,
+        "cpu_vendor": machine.cpu_vendor,
+        "isa": machine.isa,
+        "cores": machine.cores,
+        "cores_reason": machine.cores_reason,
+        "total_cores": machine.total_cores,
+        "memory_bytes": machine.memory_bytes,
+        "memory_reason": machine.memory_reason,
+        "total_memory_bytes": machine.total_memory_bytes,
+        "shm_free_bytes": machine.shm_free_bytes,
+        "gpus": [{"index": gpu.index, "name": gpu.name, "memory_bytes": gpu.memory_bytes} for gpu in machine.gpus],
+    }
+    if measure:
+        measured, by = _measure(machine, budget_s)
+        record["probe"] = {
+            "by": by,
+            "gemm_one_thread_flop_per_s": measured.gemm_one_flop_per_s,
+            "gemm_all_cores_flop_per_s": measured.gemm_all_flop_per_s,
+            "copy_bytes_per_s": measured.copy_bytes_per_s,
+            "elapsed_s": measured.elapsed_s,
+        }
+    return record
+
+
+def machine_text(record: dict[str, Any]) -> str:
+    """The record for a person."""
+    lines = [
+        f"system:   {record['system']}, Python {record['python']}",
+        f"cpu:      {record['cpu']} ({record['isa']})",
+        f"cores:    {record['cores']} allowed ({record['cores_reason']})",
+        f"memory:   {format_bytes(record['memory_bytes'])} allowed ({record['memory_reason']})",
+    ]
+    for gpu in record["gpus"]:
+        lines.append(f"gpu {gpu['index']}:    {gpu['name']}, {format_bytes(gpu['memory_bytes'])}")
+    if not record["gpus"]:
+        lines.append("gpus:     none with a working driver")
+    shm = record["shm_free_bytes"]
+    if shm is None or shm < _MIN_SHM_BYTES:
+        found = "missing" if shm is None else f"only {format_bytes(shm)} free"
+        lines.append(f"/dev/shm: {found}; Fanfold does not need it, libraries that use it may crash")
+    else:
+        lines.append(f"/dev/shm: {format_bytes(shm)} free")
+    if "probe" in record:
+        measured = record["probe"]
+        lines += [
+            f"gemm:     {format_rate(measured['gemm_one_thread_flop_per_s'], 'FLOP')} on one thread, "
+            f"{format_rate(measured['gemm_all_cores_flop_per_s'], 'FLOP')} on {record['cores']} "
+            f"(float32, {measured['by']})",
+            f"copy:     {format_rate(measured['copy_bytes_per_s'], 'B')} on one thread (bytes read and written)",
+        ]
+    return "\n".join(lines)
+
+
+def _measure(machine: Machine, budget_s: float) -> tuple[Probe, str]:
+    if not extras.has("torch"):
+        return probe(numpy_matmul, threads=numpy_threads, cores=machine.cores, budget_s=budget_s), "numpy"
+    import torch
+
+    @contextmanager
+    def threads(count: int) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def matmul(m: int, k: int, n: int) -> Callable[[], object]:
+        left, right = torch.rand(m, k), torch.rand(k, n)
+        out = torch.empty(m, n)
+        return lambda: torch.mm(left, right, out=out)
+
+    return probe(matmul, threads=threads, cores=machine.cores, budget_s=budget_s), f"torch {torch.__version__}"

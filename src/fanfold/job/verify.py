@@ -1,0 +1,339 @@
+"""`fanfold verify`: recompute the whole batches of a sample of rows on one unit, and compare bytes.
+
+Whole batches, because the composition of a batch is part of the result. Every checksum is compared too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from fanfold.data.durable import PosixStore
+from fanfold.data.folder import SUCCESS
+from fanfold.data.opening import open_source
+from fanfold.engine.engine import Desk
+from fanfold.errors import DifferenceFound, ResumeError
+from fanfold.job.agenda import window_of
+from fanfold.job.compute import batches_of
+from fanfold.job.fingerprint import check_same, fingerprint
+from fanfold.job.finish import output_sha256
+from fanfold.job.opened import OpenedRun, open_existing
+from fanfold.job.prepare import prepare_window
+from fanfold.job.request import Request
+from fanfold.job.work import JobWork, OutputRules, items_name
+from fanfold.machine.discover import discover
+from fanfold.machine.threads import held_threads
+from fanfold.plan.numerics import Numerics
+from fanfold.plan.plan import Unit
+from fanfold.tasks.embed import make_embed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What verify found; `differing` names rows whose bytes differ."""
+
+    rows_in: int
+    rows_compared: int
+    batches: int
+    parts_checked: int
+    level: str
+    max_difference: float
+    differing: tuple[int, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """For a person."""
+        same = "all bytes are the same" if not self.max_difference else f"largest difference {self.max_difference:g}"
+        if not self.rows_compared:
+            same = "no rows compared"
+        return (
+            f"{self.parts_checked} part(s): every checksum is right\n"
+            f"{self.rows_compared:,} of {self.rows_in:,} rows in {self.batches} whole batches computed again: "
+            f"{same} (level {self.level})"
+        )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {
+            "rows_in": self.rows_in,
+            "rows_compared": self.rows_compared,
+            "batches": self.batches,
+            "parts_checked": self.parts_checked,
+            "level": self.level,
+            "max_difference": self.max_difference,
+            "differing_rows": list(self.differing),
+        }
+
+
+def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | None = None) -> Verdict:
+    """Checks every checksum, then recomputes whole batches until they hold `sample` rows (0: checksums only).
+
+    Raises: DifferenceFound (exit 5) names the rows or files that differ; ResumeError if inputs, model or
+    library versions are no longer those of the run, because then a difference would say nothing.
+    """
+    opened = open_existing(out)
+    if opened.store.read(SUCCESS) is None:
+        raise ResumeError(
+            f"verifying {opened.output.shown}",
+            found="the job is not finished",
+            allowed="finished jobs",
+            do="run the same command again to finish it",
+        )
+    _check_sums(opened)
+    request = opened.run["request"]
+    numerics = Numerics(**opened.run["plan"]["numerics"])
+    stored = opened.run["fingerprint"]
+    task = make_embed(
+        model=model or opened.run["task"]["reference"],
+        dtype=numerics.dtype,
+        max_length=stored["task"]["max_length"],
+        prefix_text=stored["task"]["prompt"],
+    )
+    windows = {index: entry for index, entry in opened.windows.items() if sum(entry["rows"])}
+    rows_in = sum(entry["num_rows"] for entry in opened.windows.values())
+    checked = len(opened.parts)
+    if not windows or not sample:
+        return Verdict(
+            rows_in=rows_in,
+            rows_compared=0,
+            batches=0,
+            parts_checked=checked,
+            level=numerics.level,
+            max_difference=0.0,
+        )
+    if "-" in request["inputs"]:
+        raise ResumeError(
+            f"verifying rows of {opened.output.shown}",
+            found="the input was stdin, which cannot be read again; every checksum is right",
+            allowed="inputs that are files",
+            do="use --sample 0 to check the checksums alone",
+        )
+    with tempfile.TemporaryDirectory(prefix="fanfold-verify-") as folder:
+        store = PosixStore(Path(folder), sync=False)
+        store.make_folders(["windows", "tmp", "spool"])
+        keep = request["keep"]
+        source = open_source(
+            request["inputs"],
+            column=request["column"],
+            id_column=request["id"],
+            keep=tuple(keep) if isinstance(keep, list) else keep,
+            form="json" if opened.output.format == "jsonl" else "typed",
+            spool=Path(folder) / "spool",
+            limit=request["limit"],
+        )
+        asked = Request(
+            inputs=tuple(request["inputs"]),
+            out=opened.output.shown,
+            column=request["column"],
+            id=request["id"],
+            keep=tuple(keep) if isinstance(keep, list) else keep,
+            on_error="null" if request["failed_as_null"] else "quarantine",
+            limit=request["limit"],
+            prefix=request["prefix"],
+        )
+        wanted = fingerprint(
+            source=source,
+            task=task,
+            request=asked,
+            numerics=numerics,
+            format_name=opened.output.format,
+            machine=discover(),
+        )
+        check_same(stored, wanted, str(opened.output.shown))
+        work = JobWork(
+            task=task,
+            source=source,
+            numerics=numerics,
+            output=OutputRules(format=opened.output.format, prefix=request["prefix"]),
+            folder=Path(folder),
+            sync=False,
+        )
+        with held_threads(numerics.threads_per_unit):
+            return _compare(work, opened, windows, sample, random.Random(seed), rows_in, store)
+
+
+def _compare(
+    work: JobWork,
+    opened: OpenedRun,
+    windows: dict[int, dict[str, Any]],
+    sample: int,
+    chance: random.Random,
+    rows_in: int,
+    store: PosixStore,
+) -> Verdict:
+    unit = Unit(name="verify", device=f"{work.numerics.device}:0" if work.numerics.device == "cuda" else "cpu")
+    desk = Desk(unit)
+    loaded = work.loaded(desk)
+    column = work.output.prefix + work.task.columns[0].name
+    differing: list[int] = []
+    compared = batches = 0
+    worst = 0.0
+    for index, pieces in _draw(windows, sample, chance):
+        window = _find_window(work, opened, index)
+        prepared = prepare_window(work, loaded, window, store)
+        if prepared.items_sha256 != windows[index]["items_sha256"]:
+            raise DifferenceFound(
+                f"preparing window {index} again",
+                found="other tokens or another cut than the run had",
+                allowed="the same rows, tokens and batches",
+                do="did the input change? Start anew with --overwrite, or report this",
+            )
+        expected = _stored_rows(opened, window.first_row, window.num_rows, work.output.prefix, column)
+        failed = {failure["offset"] for lease in opened.leases.get(index, ()) for failure in lease["failed"]}
+        with pa.memory_map(str(store.path(items_name(index)))) as mapped:
+            reader = pa.ipc.open_file(mapped)
+            for piece in pieces:
+                items = reader.get_batch(piece)
+                results = [loaded.compute(ids, length) for ids, length in batches_of(items)]
+                batches += len(results)
+                values = np.concatenate([result[work.task.columns[0].name] for result in results])
+                for offset, value in zip(items.column(0).to_pylist(), values, strict=True):
+                    if offset in failed:
+                        continue
+                    compared += 1
+                    row = window.first_row + offset
+                    stored = expected.get(row)
+                    if stored is None or stored.tobytes() != value.tobytes():
+                        differing.append(row)
+                        if stored is not None:
+                            worst = max(worst, float(np.max(np.abs(stored - value))))
+    verdict = Verdict(
+        rows_in=rows_in,
+        rows_compared=compared,
+        batches=batches,
+        parts_checked=len(opened.parts),
+        level=work.numerics.level,
+        max_difference=worst,
+        differing=tuple(sorted(differing)),
+    )
+    tolerance = 0.0 if verdict.level == "B" else 1e-5 if work.numerics.dtype == "float32" else 1e-2
+    if differing and worst <= tolerance and tolerance:
+        return verdict
+    if differing:
+        shown = ", ".join(map(str, verdict.differing[:10]))
+        raise DifferenceFound(
+            f"verifying {opened.output.shown}",
+            found=f"{len(differing)} of {compared} recomputed rows differ (largest difference {worst:g}): rows {shown}"
+            + (" ..." if len(differing) > 10 else ""),
+            allowed="the same bytes" if verdict.level == "B" else f"a difference of {tolerance:g}",
+            do="if the machine or the libraries changed, that is why; otherwise report this",
+        )
+    return verdict
+
+
+def _draw(windows: dict[int, dict[str, Any]], sample: int, chance: random.Random) -> Iterator[tuple[int, list[int]]]:
+    """Whole pieces by chance until they hold `sample` rows, grouped by window."""
+    every = [(index, piece) for index, entry in sorted(windows.items()) for piece in range(len(entry["rows"]))]
+    chance.shuffle(every)
+    rows = 0
+    drawn: dict[int, list[int]] = {}
+    for index, piece in every:
+        if rows >= sample:
+            break
+        drawn.setdefault(index, []).append(piece)
+        rows += windows[index]["rows"][piece]
+    yield from sorted(drawn.items())
+
+
+def _find_window(work: JobWork, opened: OpenedRun, index: int) -> Any:
+    window = window_of(opened.windows[index])
+    if window.sha256 is None:
+        return window
+    for found in work.source.windows(work.numerics.window_rows):  # a spooled input: unpacked once more
+        if found.index == index:
+            return found
+        work.source.release(found.index)
+    raise DifferenceFound(
+        f"finding window {index} again",
+        found="the input ends before it",
+        allowed="the input of the run",
+        do="start anew with --overwrite",
+    )
+
+
+def _stored_rows(opened: OpenedRun, first: int, count: int, prefix: str, column: str) -> dict[int, np.ndarray]:
+    """row -> stored vector, for the rows of one window."""
+    import pyarrow.dataset as ds
+
+    if opened.output.format != "parquet":
+        return _stored_text_rows(opened, first, count, prefix, column)
+    paths = [opened.output.file] if opened.output.file else [opened.store.path(p["name"]) for p in opened.parts]
+    row = ds.field(prefix + "row")
+    table = ds.dataset([str(path) for path in paths], format="parquet").to_table(
+        columns=[prefix + "row", column], filter=(row >= first) & (row < first + count)
+    )
+    return {
+        number: np.asarray(vector.values, dtype=np.float32)
+        for number, vector in zip(table.column(0).to_pylist(), table.column(1), strict=True)
+        if vector.is_valid
+    }
+
+
+def _stored_text_rows(opened: OpenedRun, first: int, count: int, prefix: str, column: str) -> dict[int, np.ndarray]:
+    import csv
+    import json
+
+    assert opened.output.file is not None
+    found: dict[int, np.ndarray] = {}
+    with opened.output.file.open(encoding="utf-8", newline="") as file:
+        records: Any = map(json.loads, file) if opened.output.format == "jsonl" else csv.DictReader(file)
+        for record in records:
+            number = int(record[prefix + "row"])
+            if first <= number < first + count and record[column]:
+                value = record[column]
+                found[number] = np.asarray(json.loads(value) if isinstance(value, str) else value, dtype=np.float32)
+    return found
+
+
+def _check_sums(opened: OpenedRun) -> None:
+    """Every part has the bytes that the log says."""
+    parts = opened.parts
+    if opened.output.file is not None:
+        summary = opened.store.read("summary.json")
+        paths: list[tuple[Path, str | None]] = [(opened.output.file, _single_sha256(opened, parts))]
+        assert summary is not None
+    else:
+        paths = [(opened.store.path(part["name"]), part["sha256"]) for part in parts]
+    for path, sha256 in paths:
+        if not path.exists():
+            found = "it is gone"
+        elif sha256 is not None and _sha256(path) != sha256:
+            found = "its bytes are not those that were committed"
+        else:
+            continue
+        raise DifferenceFound(
+            f"verifying {path}",
+            found=found,
+            allowed="the file as the run has written it",
+            do="start anew with --overwrite, or restore the file from a backup",
+        )
+
+
+def _single_sha256(opened: OpenedRun, parts: list[dict[str, Any]]) -> str | None:
+    import json
+
+    summary = json.loads(opened.store.read("summary.json") or b"{}")
+    if summary.get("output_sha256") != output_sha256(parts):
+        raise DifferenceFound(
+            f"verifying {opened.store.root}",
+            found="summary.json and commits.log disagree on the output's hash",
+            allowed="records as the run has written them",
+            do="start anew with --overwrite",
+        )
+    sha256: str | None = summary.get("file_sha256")
+    return sha256
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
