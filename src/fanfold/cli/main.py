@@ -1,23 +1,28 @@
-"""The command line: reads flags, calls the job, prints; nothing else."""
+"""The entry point: exit codes, error messages, and the front page, which needs no command's imports."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from typing import Annotated, Any
-
-from cyclopts import App, Parameter
+from typing import Any
 
 from fanfold import __version__
 from fanfold.errors import FanfoldError, InternalError
 
-app = App(
-    name="fanfold",
-    help="Run a model over a whole dataset on every core, with the result that one core would give.",
-    version=__version__,
-    help_format="plaintext",
-)
+HELP = """\
+Usage: fanfold COMMAND [ARGUMENTS]
+
+Run a model over a whole dataset on every core, with the result that one core would give.
+
+  embed INPUT... -o OUT   Turn texts into vectors; the same command again goes on where it stopped.
+  run JOB.toml            Carry out a job that a TOML file describes.
+  verify OUT              Check a finished job: checksums, and a sample computed again, byte for byte.
+  show OUT                Say what a run chose and why, how far it is, and what failed.
+  machine                 Say what this process may use of the machine, and how fast it is.
+
+  fanfold COMMAND --help says more. Exit codes: 0 all rows; 1 failed; 2 not started; 3 some rows failed;
+  4 stopped, resumable; 5 difference found; 6 refused by a safety rule.
+"""
 
 
 def main() -> None:
@@ -27,16 +32,17 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """The exit code of one command."""
-    from cyclopts import CycloptsError
-
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
     verbose = "--verbose" in arguments
     try:
-        result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-        code = result if isinstance(result, int) else 0
+        code = _command(arguments)
         sys.stdout.flush()
         return code
-    except CycloptsError as error:
-        return _usage(error)
     except FanfoldError as error:
         return _report(error, verbose)
     except KeyboardInterrupt:
@@ -47,11 +53,9 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if verbose:
-            raise
         return _report(
             InternalError(
-                "fanfold " + " ".join(arguments[:1]),
+                f"fanfold {arguments[0]}",
                 found=f"{type(error).__name__}: {error}",
                 allowed="no error that Fanfold does not know",
                 do="run again with --verbose and report what it prints",
@@ -60,18 +64,27 @@ def run(arguments: list[str]) -> int:
         )
 
 
+def _command(arguments: list[str]) -> int:
+    from cyclopts import CycloptsError
+
+    from fanfold.cli.commands import app
+
+    try:
+        result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        return _usage(error)
+    return result if isinstance(result, int) else 0
+
+
 def _usage(error: Any) -> int:
-    text = " ".join(str(error).split())
+    command = " ".join(["fanfold", *(getattr(error, "command_chain", None) or ())])
+    found = " ".join(str(error).split())
     print(
-        f"Usage: {text}\n  do:      fanfold {_command(error)}--help".replace("  --help", " --help"),
+        f"UsageError: {command}\n  found:   {found}\n  allowed: the flags that the command's help lists\n"
+        f"  do:      {command} --help",
         file=sys.stderr,
     )
     return 2
-
-
-def _command(error: Any) -> str:
-    chain = getattr(error, "command_chain", None) or ()
-    return " ".join(chain) + " " if chain else ""
 
 
 def _report(error: FanfoldError, verbose: bool) -> int:
@@ -81,236 +94,6 @@ def _report(error: FanfoldError, verbose: bool) -> int:
         traceback.print_exc()
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
     return error.exit_code
-
-
-def _keep(text: str) -> str | tuple[str, ...]:
-    return text if text in ("all", "none") else tuple(name for name in text.split(",") if name)
-
-
-@app.command
-def embed(
-    *inputs: str,
-    out: Annotated[str | None, Parameter(name=["-o", "--out"])] = None,
-    model: str | None = None,
-    column: str = "text",
-    on: str = "cpu",
-    keep: str = "all",
-    id: str | None = None,
-    prefix: str = "",
-    prefix_text: str | None = None,
-    prompt_name: str | None = None,
-    max_length: int | None = None,
-    dtype: str = "float32",
-    revision: str | None = None,
-    on_error: str = "quarantine",
-    max_failures: str | None = None,
-    memory_per_unit: str | None = None,
-    limit: int | None = None,
-    overwrite: Annotated[bool, Parameter(negative="")] = False,
-    dry_run: Annotated[bool, Parameter(negative="")] = False,
-    config: str | None = None,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
-    quiet: Annotated[bool, Parameter(negative="")] = False,
-    verbose: Annotated[bool, Parameter(negative="")] = False,
-    no_color: Annotated[bool, Parameter(negative="")] = False,
-) -> int:
-    """Turn texts into vectors: INPUT... -o OUT.
-
-    Running the same command again goes on where it stopped.
-
-    Parameters
-    ----------
-    inputs
-        Files, folders, quoted globs, - for JSONL on stdin, or URLs: JSONL, CSV, Parquet, text (a row a line).
-    out
-        A folder, or a file .parquet, .jsonl or .csv.
-    model
-        A model folder or a Hugging Face id; the demo model if left away.
-    column
-        The column that holds the text.
-    on
-        Where to run: inline, cpu (all allowed cores), cpu:N, cuda, cuda:0,1.
-    keep
-        Input columns kept in the output: all, none, or names with commas.
-    id
-        The column that names a row in quarantine.jsonl.
-    prefix
-        Put before the names of the result columns.
-    prefix_text
-        Put before every text.
-    prompt_name
-        A prompt that the model's files name.
-    max_length
-        Tokens kept of a text; the model's own limit if left away.
-    dtype
-        float32 or bfloat16.
-    revision
-        The model's commit, tag or branch on the hub.
-    on_error
-        Failed rows: quarantine (set aside), null (kept with empty results), or stop.
-    max_failures
-        Stop above this many failed rows: a number or a share such as 5%.
-    memory_per_unit
-        The most a unit may hold, for example 2GB.
-    limit
-        Only the first so many rows.
-    overwrite
-        Start anew.
-    dry_run
-        Say what would be done, and stop.
-    config
-        A TOML file with these flags as keys; flags given here win.
-    json_
-        Print the summary as JSON on stdout.
-    quiet
-        Say nothing but errors.
-    verbose
-        Say more; show tracebacks.
-    no_color
-        No colors (also the variable NO_COLOR).
-    """
-    from fanfold.job.command import EmbedFlags, run_embed
-
-    flags = EmbedFlags(
-        inputs=inputs,
-        out=out,
-        model=model,
-        column=column,
-        on=on,
-        keep=_keep(keep),
-        id=id,
-        prefix=prefix,
-        prefix_text=prefix_text,
-        prompt_name=prompt_name,
-        max_length=max_length,
-        dtype=dtype,
-        revision=revision,
-        on_error=on_error,
-        max_failures=max_failures,
-        memory_per_unit=memory_per_unit,
-        limit=limit,
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
-    run = run_embed(flags, config=config, quiet=quiet, color=_color(no_color))
-    if json_:
-        print(json.dumps(run.summary or run.plan, indent=2))
-    return run.exit_code
-
-
-@app.command(name="run")
-def run_config(
-    job: str,
-    *,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
-    quiet: Annotated[bool, Parameter(negative="")] = False,
-    verbose: Annotated[bool, Parameter(negative="")] = False,
-    no_color: Annotated[bool, Parameter(negative="")] = False,
-) -> int:
-    """Carry out a job that a TOML file describes: the flags of a command as keys, and task = "embed".
-
-    Parameters
-    ----------
-    job
-        The file, for example job.toml.
-    json_
-        Print the summary as JSON on stdout.
-    quiet
-        Say nothing but errors.
-    verbose
-        Say more; show tracebacks.
-    no_color
-        No colors (also the variable NO_COLOR).
-    """
-    from fanfold.job.command import EmbedFlags, run_embed
-
-    run = run_embed(EmbedFlags(), config=job, quiet=quiet, color=_color(no_color))
-    if json_:
-        print(json.dumps(run.summary or run.plan, indent=2))
-    return run.exit_code
-
-
-@app.command
-def verify(
-    out: str,
-    *,
-    sample: int = 200,
-    seed: int = 0,
-    model: str | None = None,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
-    verbose: Annotated[bool, Parameter(negative="")] = False,
-) -> int:
-    """Check a finished job: every checksum, and a sample of rows computed again on one unit, byte for byte.
-
-    Parameters
-    ----------
-    out
-        What -o named.
-    sample
-        Whole batches are computed again until they hold this many rows; 0 checks the checksums alone.
-    seed
-        Which batches are drawn.
-    model
-        Where the model's folder is now, if it was moved.
-    json_
-        Print the verdict as JSON on stdout.
-    verbose
-        Show tracebacks.
-    """
-    from fanfold.job.verify import verify as check
-
-    verdict = check(out, sample=sample, seed=seed, model=model)
-    if json_:
-        print(json.dumps(verdict.record, indent=2))
-    else:
-        print(verdict.text)
-    return 0
-
-
-@app.command
-def show(out: str, *, verbose: Annotated[bool, Parameter(negative="")] = False) -> int:
-    """Say what a run was asked, what it chose and why, how far it is, and what failed.
-
-    Parameters
-    ----------
-    out
-        What -o named.
-    verbose
-        Show tracebacks.
-    """
-    from fanfold.job.show import show as page
-
-    print(page(out))
-    return 0
-
-
-@app.command
-def machine(
-    *,
-    probe: bool = True,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
-    verbose: Annotated[bool, Parameter(negative="")] = False,
-) -> int:
-    """Say what this machine has, what this process may use of it, and how fast it is (2 seconds).
-
-    Parameters
-    ----------
-    probe
-        Measure the rate of matrix products and the memory bandwidth.
-    json_
-        Print it as JSON on stdout.
-    verbose
-        Show tracebacks.
-    """
-    from fanfold.job.machine import machine_record, machine_text
-
-    record = machine_record(measure=probe)
-    print(json.dumps(record, indent=2) if json_ else machine_text(record))
-    return 0
-
-
-def _color(no_color: bool) -> bool:
-    return not no_color and not os.environ.get("NO_COLOR")
 
 
 if __name__ == "__main__":

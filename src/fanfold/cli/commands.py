@@ -1,0 +1,253 @@
+"""The commands and their flags: reads them, calls the job, prints; nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from fanfold import __version__
+from fanfold.errors import FanfoldError, InternalError
+
+app = App(
+    name="fanfold",
+    help="Run a model over a whole dataset on every core, with the result that one core would give.",
+    version=__version__,
+    help_format="plaintext",
+)
+
+
+def _keep(text: str) -> str | tuple[str, ...]:
+    return text if text in ("all", "none") else tuple(name for name in text.split(",") if name)
+
+
+@app.command
+def embed(
+    *inputs: str,
+    out: Annotated[str | None, Parameter(name=["-o", "--out"])] = None,
+    model: str | None = None,
+    column: str = "text",
+    on: str = "cpu",
+    keep: str = "all",
+    id: str | None = None,
+    prefix: str = "",
+    prefix_text: str | None = None,
+    prompt_name: str | None = None,
+    max_length: int | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+    on_error: str = "quarantine",
+    max_failures: str | None = None,
+    memory_per_unit: str | None = None,
+    limit: int | None = None,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    config: str | None = None,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+    verbose: Annotated[bool, Parameter(negative="")] = False,
+    no_color: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Turn texts into vectors: INPUT... -o OUT.
+
+    Running the same command again goes on where it stopped.
+
+    Parameters
+    ----------
+    inputs
+        Files, folders, quoted globs, - for JSONL on stdin, or URLs: JSONL, CSV, Parquet, text (a row a line).
+    out
+        A folder, or a file .parquet, .jsonl or .csv.
+    model
+        A model folder or a Hugging Face id; the demo model if left away.
+    column
+        The column that holds the text.
+    on
+        Where to run: inline, cpu (all allowed cores), cpu:N, cuda, cuda:0,1.
+    keep
+        Input columns kept in the output: all, none, or names with commas.
+    id
+        The column that names a row in quarantine.jsonl.
+    prefix
+        Put before the names of the result columns.
+    prefix_text
+        Put before every text.
+    prompt_name
+        A prompt that the model's files name.
+    max_length
+        Tokens kept of a text; the model's own limit if left away.
+    dtype
+        float32 or bfloat16.
+    revision
+        The model's commit, tag or branch on the hub.
+    on_error
+        Failed rows: quarantine (set aside), null (kept with empty results), or stop.
+    max_failures
+        Stop above this many failed rows: a number or a share such as 5%.
+    memory_per_unit
+        The most a unit may hold, for example 2GB.
+    limit
+        Only the first so many rows.
+    overwrite
+        Start anew.
+    dry_run
+        Say what would be done, and stop.
+    config
+        A TOML file with these flags as keys; flags given here win.
+    json_
+        Print the summary as JSON on stdout.
+    quiet
+        Say nothing but errors.
+    verbose
+        Say more; show tracebacks.
+    no_color
+        No colors (also the variable NO_COLOR).
+    """
+    from fanfold.job.command import EmbedFlags, run_embed
+
+    flags = EmbedFlags(
+        inputs=inputs,
+        out=out,
+        model=model,
+        column=column,
+        on=on,
+        keep=_keep(keep),
+        id=id,
+        prefix=prefix,
+        prefix_text=prefix_text,
+        prompt_name=prompt_name,
+        max_length=max_length,
+        dtype=dtype,
+        revision=revision,
+        on_error=on_error,
+        max_failures=max_failures,
+        memory_per_unit=memory_per_unit,
+        limit=limit,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    run = run_embed(flags, config=config, quiet=quiet, color=_color(no_color))
+    if json_:
+        print(json.dumps(run.summary or run.plan, indent=2))
+    return run.exit_code
+
+
+@app.command(name="run")
+def run_config(
+    job: str,
+    /,
+    *,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+    verbose: Annotated[bool, Parameter(negative="")] = False,
+    no_color: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Carry out a job that a TOML file describes: the flags of a command as keys, and task = "embed".
+
+    Parameters
+    ----------
+    job
+        The file, for example job.toml.
+    json_
+        Print the summary as JSON on stdout.
+    quiet
+        Say nothing but errors.
+    verbose
+        Say more; show tracebacks.
+    no_color
+        No colors (also the variable NO_COLOR).
+    """
+    from fanfold.job.command import EmbedFlags, run_embed
+
+    run = run_embed(EmbedFlags(), config=job, quiet=quiet, color=_color(no_color))
+    if json_:
+        print(json.dumps(run.summary or run.plan, indent=2))
+    return run.exit_code
+
+
+@app.command
+def verify(
+    out: str,
+    /,
+    *,
+    sample: int = 200,
+    seed: int = 0,
+    model: str | None = None,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    verbose: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Check a finished job: every checksum, and a sample of rows computed again on one unit, byte for byte.
+
+    Parameters
+    ----------
+    out
+        What -o named.
+    sample
+        Whole batches are computed again until they hold this many rows; 0 checks the checksums alone.
+    seed
+        Which batches are drawn.
+    model
+        Where the model's folder is now, if it was moved.
+    json_
+        Print the verdict as JSON on stdout.
+    verbose
+        Show tracebacks.
+    """
+    from fanfold.job.verify import verify as check
+
+    verdict = check(out, sample=sample, seed=seed, model=model)
+    if json_:
+        print(json.dumps(verdict.record, indent=2))
+    else:
+        print(verdict.text)
+    return 0
+
+
+@app.command
+def show(out: str, /, *, verbose: Annotated[bool, Parameter(negative="")] = False) -> int:
+    """Say what a run was asked, what it chose and why, how far it is, and what failed.
+
+    Parameters
+    ----------
+    out
+        What -o named.
+    verbose
+        Show tracebacks.
+    """
+    from fanfold.job.show import show as page
+
+    print(page(out))
+    return 0
+
+
+@app.command
+def machine(
+    *,
+    probe: bool = True,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    verbose: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Say what this machine has, what this process may use of it, and how fast it is (2 seconds).
+
+    Parameters
+    ----------
+    probe
+        Measure the rate of matrix products and the memory bandwidth.
+    json_
+        Print it as JSON on stdout.
+    verbose
+        Show tracebacks.
+    """
+    from fanfold.job.machine import machine_record, machine_text
+
+    record = machine_record(measure=probe)
+    print(json.dumps(record, indent=2) if json_ else machine_text(record))
+    return 0
+
+
+def _color(no_color: bool) -> bool:
+    return not no_color and not os.environ.get("NO_COLOR")
+
