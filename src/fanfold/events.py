@@ -21,6 +21,14 @@ class UnitReady(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessStarted(Event):
+    """A process that serves all units, by what it is for."""
+
+    name: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnitDied(Event):
     unit: str
     cause: str

@@ -85,16 +85,21 @@ class Crash(BaseException):
     """What no code of a job may catch: stands for the death of the process."""
 
 
-def crash_at(number):
+def crash_at(number, kind=object):
+    """The death of the process while event `number` of this kind is told."""
+    left = number
+
     def on_event(found, event):
-        if found == number:
-            raise Crash(number)
+        nonlocal left
+        left -= isinstance(event, kind)
+        if left == 0:
+            raise Crash
 
     return Listener(on_event)
 
 
 def stop_at_batch(number):
-    """Ctrl-C while batch `number` of the run is reported."""
+    """Ctrl-C while batch `number` of the run is told."""
     left = number
 
     def on_event(found, event):
@@ -561,7 +566,7 @@ def test_a_run_leaves_summary_trace_and_plan(tmp_path, small, on):
     tracks = {event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "thread_name"}
     kinds = {event["name"] for event in trace["traceEvents"] if event["ph"] == "X"}
     assert tracks <= ({"inline"} if on == "inline" else {"cpu:0", "cpu:1"})
-    assert {"load", "prepare", "compute", "write", "assemble"} <= kinds
+    assert kinds - {"load"} == {"prepare", "compute", "write", "assemble"}  # a warm worker does not load
 
     stored = json.loads((out / "run.json").read_text())
     assert stored["plan"]["numerics"] == stored["fingerprint"]["numerics"]
@@ -775,7 +780,7 @@ def test_rates_of_a_resumed_run_count_only_its_own_work(tmp_path, small):
     with pytest.raises(Stopped):
         run(source, tmp_path / "out", display=stop_at_batch(10), signals=True)
     summary = run(source, tmp_path / "out").summary
-    assert summary["rows_resumed"] >= 60
+    assert summary["rows_resumed"] >= 40
     assert summary["tokens_per_s"] == pytest.approx(10 * summary["rows_per_s"], rel=0.01)
 
 
@@ -820,10 +825,13 @@ def test_a_job_that_crashes_again_and_again_still_ends(tmp_path, small):
     small(window_rows=6, windows_per_part=2)
     source = write_jsonl(tmp_path / "in.jsonl", records_of(40))
     run(source, tmp_path / "whole")
-    for rounds in range(1, 200):
+    rounds = 0
+    done = None
+    while done is None:
+        rounds += 1
+        assert rounds < 100
         try:
-            done = run(source, tmp_path / "out", display=crash_at(12), sync=False)
-            break
+            done = run(source, tmp_path / "out", display=crash_at(4, Batch), sync=False)
         except Crash:
             pass
     assert rounds > 2
@@ -837,19 +845,15 @@ def two_prepared_windows(tmp_path, small):
     source = write_jsonl(tmp_path / "in.jsonl", records_of(45))
     run(source, tmp_path / "whole")
 
-    def on_event(number, event):
-        if isinstance(event, Batch):
-            raise Crash
-
     with pytest.raises(Crash):
-        run(source, tmp_path / "out", display=Listener(on_event))
+        run(source, tmp_path / "out", display=crash_at(1, Batch))
     path = tmp_path / "out" / "commits.log"
     entries = log_of(tmp_path / "out")
     assert [(entry["kind"], entry["window"]) for entry in entries] == [("window", 0), ("window", 1)]
     return source, path, entries
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(5)
 def test_windows_that_two_units_prepared_out_of_order_are_each_taken_once(tmp_path, small):
     """Two units prepare windows 0 and 1 side by side; the second may be first in the log."""
     source, path, entries = two_prepared_windows(tmp_path, small)
@@ -859,7 +863,7 @@ def test_windows_that_two_units_prepared_out_of_order_are_each_taken_once(tmp_pa
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(5)
 def test_a_window_that_was_not_prepared_before_the_crash_is_not_lost(tmp_path, small):
     """As before, but the crash comes when only the second window's line stands in the log."""
     source, path, entries = two_prepared_windows(tmp_path, small)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import App, Parameter
 
 from fanfold import __version__
-from fanfold.errors import FanfoldError, InternalError
 
 app = App(
     name="fanfold",
@@ -250,4 +248,3 @@ def machine(
 
 def _color(no_color: bool) -> bool:
     return not no_color and not os.environ.get("NO_COLOR")
-

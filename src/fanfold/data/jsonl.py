@@ -77,6 +77,8 @@ class JsonlDecoder:
     form: Form
     columns: tuple[Column, ...] | None
     refuses_unknown: bool  # keep="all", typed: a key without a column is a SchemaMismatch
+    seen: tuple[str, ...] = ()  # keys of the records looked at to begin with, as far as they are kept
+    reserved: frozenset[str] = frozenset()  # names of result columns, which a kept key must not have
 
     @property
     def rules(self) -> Rules:
@@ -106,6 +108,8 @@ class JsonlDecoder:
                 problem = self._text_problem(record, b"\\u" in (data or b""))
                 if problem is None and self.refuses_unknown and not record.keys() <= known:
                     problem = unknown_column(record, known)
+                if problem is None and self.columns is None and not self.reserved.isdisjoint(record):
+                    problem = self._clash(record)
                 if problem is not None:
                     problems[i] = problem._replace(id=self._id(record))
                     record = None
@@ -127,6 +131,10 @@ class JsonlDecoder:
         if self.column in record:
             return Problem("NullText", f"{shown} is null")
         return Problem("MissingColumn", f"no {shown}; the record has {column_list(list(record), most=8)}")
+
+    def _clash(self, record: dict[str, Any]) -> Problem:
+        clash = ", ".join(sorted(self.reserved & record.keys()))
+        return Problem("SchemaMismatch", f"its key {inert(clash)} is the name of a result column; use --prefix")
 
     def _id(self, record: dict[str, Any]) -> str | int | float | None:
         return usable_id(record.get(self.id_column)) if self.id_column else None
@@ -163,6 +171,7 @@ def jsonl_decoder(
     id_column: str | None,
     keep: str | tuple[str, ...],
     form: Form,
+    reserved: frozenset[str] = frozenset(),
 ) -> JsonlDecoder:
     """The decoder for files that begin with the records `heads`, of which only as many as needed are taken.
 
@@ -194,7 +203,15 @@ def jsonl_decoder(
     elif isinstance(keep, tuple):
         columns = tuple(inferred[name] for name in keep if name in inferred)
     refuses_unknown = keep == "all" and form == "typed"
-    return JsonlDecoder(column=column, id_column=id_column, form=form, columns=columns, refuses_unknown=refuses_unknown)
+    return JsonlDecoder(
+        column=column,
+        id_column=id_column,
+        form=form,
+        columns=columns,
+        refuses_unknown=refuses_unknown,
+        seen=tuple(inferred) if columns is None else tuple(c.name for c in columns),
+        reserved=reserved,
+    )
 
 
 def _no_column(name: str, where: str, there: list[str]) -> InputError:

@@ -14,6 +14,7 @@ from fanfold.data.parquet import parquet_source
 from fanfold.data.records import Decoder, LineSource, Record, read_records
 from fanfold.data.spool import Replay, SpoolSource, open_stream
 from fanfold.data.text import text_decoder
+from fanfold.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,34 +33,52 @@ def open_source(
     spool: Path | None = None,
     limit: int | None = None,
     stdin: BinaryIO | None = None,
+    reserved: Sequence[str] = (),
     block_bytes: int = BLOCK_BYTES,
 ) -> Source:
     """The rows of all inputs as one source, its schema fixed, its columns checked.
 
     `spool` is the folder for windows of compressed or streamed inputs; `limit` takes the first rows only;
-    `stdin` stands in for standard input. Raises: InputError.
+    `stdin` stands in for standard input; `reserved` are names that a kept column must not have.
+    Raises: InputError, RequestError.
     """
     listing = list_inputs(inputs)
     files = listing.files
     wanted: str | tuple[str, ...] = keep if isinstance(keep, str) else tuple(dict.fromkeys(keep))
     settings: dict[str, Any] = {"column": column, "id_column": id_column, "keep": wanted, "form": form}
     if listing.family == "parquet":
-        return parquet_source(files, limit=limit, **settings)
+        source = parquet_source(files, limit=limit, **settings)
+        _check_names(source.kept.names, reserved)
+        return source
     replay = Replay(stdin or sys.stdin.buffer) if files[0].path == STDIN else None
     decoder: Decoder
     if listing.family == "text":
         decoder = text_decoder(**settings)
+        _check_names(["text"] if wanted == "all" else wanted, reserved)
     elif listing.family == "csv":
         headers = [(f.path, h) for f in files if (h := _header(f.path, block_bytes)) is not None]
         decoder = csv_decoder(headers, **settings)
+        _check_names(decoder.kept, reserved)
     else:
         heads = itertools.islice(_heads(files, replay, block_bytes), limit)
-        decoder = jsonl_decoder(heads, files, **settings)
+        decoder = jsonl_decoder(heads, files, reserved=frozenset(reserved), **settings)
+        _check_names(decoder.seen, reserved)
     if replay or any(compression(file.path) for file in files):
         return SpoolSource(
             files=files, decoder=decoder, spool=spool, limit=limit, block_bytes=block_bytes, stdin=replay
         )
     return LineSource(files=files, decoder=decoder, limit=limit, block_bytes=block_bytes)
+
+
+def _check_names(kept: Sequence[str], reserved: Sequence[str]) -> None:
+    clash = [name for name in reserved if name in kept]
+    if clash:
+        raise RequestError(
+            f"result column(s) {', '.join(clash)}",
+            found=f"the input has columns of that name: {', '.join(kept)}",
+            allowed="names that the kept columns do not have",
+            do="rename the results with --prefix new_, or keep fewer columns with --keep",
+        )
 
 
 def _heads(files: Sequence[InputFile], replay: Replay | None, block_bytes: int) -> Iterator[Record]:

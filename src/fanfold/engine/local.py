@@ -13,7 +13,7 @@ from fanfold.engine.group import Group
 from fanfold.engine.supervisor import START_TIMEOUT_S, Process, Supervisor
 from fanfold.engine.wire import Closed
 from fanfold.errors import UnitLost
-from fanfold.events import Batch, UnitDied, UnitReady
+from fanfold.events import Batch, ProcessStarted, UnitDied, UnitReady
 
 if TYPE_CHECKING:
     from fanfold.engine.engine import Agenda, Assignment, GroupHandle, Program, Work
@@ -70,7 +70,9 @@ class Local:
                 seat.told_to_stop = False
                 if seat.process is None:
                     self._fill(seat)
-                elif seat.process.up and seat.process.pid is not None:
+                if self._supervisor.zygote_pid is not None:
+                    agenda.tell(ProcessStarted(at_s=time.monotonic(), name="zygote", pid=self._supervisor.zygote_pid))
+                if seat.process is not None and seat.process.up and seat.process.pid is not None:
                     agenda.tell(UnitReady(at_s=time.monotonic(), unit=seat.unit.name, pid=seat.process.pid))
             self._loop(body, agenda)
         except BaseException:

@@ -214,6 +214,11 @@ class Supervisor:
     # -- watching -------------------------------------------------------------------------------------
 
     @property
+    def zygote_pid(self) -> int | None:
+        """The process that workers are forked from, None where there is none."""
+        return None if self._zygote is None else self._zygote.pid
+
+    @property
     def watched(self) -> Channel | None:
         """The channel on which news of forks and exits arrive."""
         return self._zygote_channel

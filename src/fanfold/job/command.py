@@ -41,6 +41,7 @@ class EmbedFlags:
 def run_embed(flags: EmbedFlags, *, config: str | None, quiet: bool, color: bool) -> Run:
     """Carry out `fanfold embed`."""
     from fanfold.job.embed import embed_files
+    from fanfold.job.show import summary_lines
     from fanfold.report.progress import Progress
 
     if config is not None:
@@ -59,7 +60,11 @@ def run_embed(flags: EmbedFlags, *, config: str | None, quiet: bool, color: bool
         return _to_stdout(inputs, values, quiet=quiet, color=color)
     if "-" in inputs:
         values["stdin"] = sys.stdin.buffer
-    return embed_files(inputs, out, display=Progress(quiet=quiet, color=color), signals=True, **values)
+    display = Progress(quiet=quiet, color=color)
+    run = embed_files(inputs, out, display=display, signals=True, **values)
+    for line in summary_lines(run.summary):
+        display.say(line)
+    return run
 
 
 def _to_stdout(inputs: tuple[str, ...], values: dict[str, Any], *, quiet: bool, color: bool) -> Run:

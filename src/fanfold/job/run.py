@@ -105,8 +105,8 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
         spool=output.folder / "spool",
         limit=request.limit,
         stdin=request.stdin,
+        reserved=result_names(task, request.prefix),
     )
-    _check_names(source, task, request)
     plan = choose(where, machine, _job(task, source), numerics)
     for key, value in task.shown.items():
         say(f"{key + ':':<9}{value}")
@@ -240,16 +240,9 @@ def _check_inputs_outside(request: Request, output: Output) -> None:
             )
 
 
-def _check_names(source: Source, task: Task, request: Request) -> None:
-    results = [request.prefix + "row", *(request.prefix + column.name for column in task.columns)]
-    clash = [name for name in results if name in source.kept_schema.names]
-    if clash:
-        raise RequestError(
-            f"result column(s) {', '.join(clash)}",
-            found=f"the input has columns of that name: {', '.join(source.kept_schema.names)}",
-            allowed="names that the kept columns do not have",
-            do="rename the results with --prefix new_, or keep fewer columns with --keep",
-        )
+def result_names(task: Task, prefix: str) -> list[str]:
+    """The names of the columns that the job adds."""
+    return [prefix + "row", *(prefix + column.name for column in task.columns)]
 
 
 def _finished(store: PosixStore, output: Output) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ def show(out: str | Path) -> str:
     plan = run["plan"]
     lines = [f"{opened.output.shown}: {_state(opened, summary)}", ""]
     for key, value in run["task"].items():
-        if isinstance(value, str):
+        if isinstance(value, str) and key not in ("name", "reference"):
             lines.append(f"{key + ':':<9}{_inert(value)}")
     lines.append(f"{'inputs:':<9}{_inert(', '.join(run['request']['inputs']))}")
     lines.append(f"{'started:':<9}{run['started']} on {_inert(run['machine']['cpu'])}")
@@ -93,7 +93,3 @@ def _failures(opened: Any) -> list[str]:
 def _inert(text: str) -> str:
     """Text from the data cannot move the cursor or change colors."""
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(text))
-
-
-def finished_run_line(run: Any) -> str:
-    return "\n".join(summary_lines(run.summary))

@@ -9,7 +9,7 @@ import time
 from array import array
 from typing import TYPE_CHECKING, Any
 
-from fanfold.events import Batch, UnitDied, UnitReady, Work
+from fanfold.events import Batch, ProcessStarted, UnitDied, UnitReady, Work
 from fanfold.machine.memory import pss_bytes
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Timeline:
                 self._measure_memory()
             case UnitReady():
                 self.pids[event.unit] = event.pid
+            case ProcessStarted():
+                self.pids[event.name] = event.pid
             case UnitDied():
                 self.num_deaths += 1
                 self.pids.pop(event.unit, None)
