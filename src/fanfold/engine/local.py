@@ -70,10 +70,11 @@ class Local:
                 seat.told_to_stop = False
                 if seat.process is None:
                     self._fill(seat)
-                if self._supervisor.zygote_pid is not None:
-                    agenda.tell(ProcessStarted(at_s=time.monotonic(), name="zygote", pid=self._supervisor.zygote_pid))
-                if seat.process is not None and seat.process.up and seat.process.pid is not None:
+                elif seat.process.up and seat.process.pid is not None:  # warm from the job before
                     agenda.tell(UnitReady(at_s=time.monotonic(), unit=seat.unit.name, pid=seat.process.pid))
+            zygote = self._supervisor.zygote_pid
+            if zygote is not None:
+                agenda.tell(ProcessStarted(at_s=time.monotonic(), name="zygote", pid=zygote))
             self._loop(body, agenda)
         except BaseException:
             self._abandon()
