@@ -44,6 +44,15 @@ class Batch(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchBegun(Event):
+    """The unit is about to compute this batch: what its death would be laid to."""
+
+    unit: str
+    piece: int
+    batch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Work(Event):
     """A stretch of a unit's time, from `at_s` for `elapsed_s`: load, prepare, compute, write, assemble."""
 

@@ -213,6 +213,8 @@ def write_model(folder: Path, family: str, *, seed: int = 0, model: str | None =
         for name, value in made.named_parameters():
             if value.dim() == 1:  # biases and norms away from 0 and 1: a lost one is seen
                 value.data.add_(torch.randn(value.shape) * 0.05)
+        words = made.get_input_embeddings().weight.data  # a real padding token has an embedding too
+        words[config.pad_token_id or 0] = torch.randn(words.shape[1]) * SPREAD
     folder.mkdir(parents=True, exist_ok=True)
     made.eval().save_pretrained(folder)
     write_tokenizer(folder, family)

@@ -40,6 +40,8 @@ def embed(
     on_error: str = "quarantine",
     max_failures: str | None = None,
     memory_per_unit: str | None = None,
+    timeout_batch: str | None = None,
+    too_long: str = "truncate",
     limit: int | None = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
@@ -87,6 +89,10 @@ def embed(
         Stop above this many failed rows: a number or a share such as 5%.
     memory_per_unit
         The most a unit may hold, for example 2GB.
+    timeout_batch
+        End a unit that gives no sign of life for so long, for example 10min.
+    too_long
+        Texts longer than the model's limit: truncate (counted), or quarantine.
     limit
         Only the first so many rows.
     overwrite
@@ -123,6 +129,8 @@ def embed(
         on_error=on_error,
         max_failures=max_failures,
         memory_per_unit=memory_per_unit,
+        timeout_batch=timeout_batch,
+        too_long=too_long,
         limit=limit,
         overwrite=overwrite,
         dry_run=dry_run,

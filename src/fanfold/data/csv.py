@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from fanfold.data.failures import Problem, RowProblem, column_list, inert
+from fanfold.data.failures import Problem, RowProblem, column_list, inert, usable_id
 from fanfold.data.kept import batch_of, compact
 from fanfold.data.records import Decoded, too_long
 from fanfold.data.source import RECORD_COLUMN, Form
@@ -87,7 +87,9 @@ class CsvDecoder:
                         problems[i] = error.problem
                 rows.append(row)
         texts = [None if row is None else row[self.text_at] for row in rows]
-        return Decoded(texts, self._kept(rows), problems)
+        at = self.id_at
+        ids = None if at is None else [None if row is None else usable_id(row[at]) for row in rows]
+        return Decoded(texts, self._kept(rows), problems, ids)
 
     def _row(self, data: bytes) -> list[str]:
         row = _fields(data)

@@ -117,7 +117,8 @@ class JsonlDecoder:
             raw.append(text)
         kept = self._kept_json(parsed, raw, problems) if self.form == "json" else self._kept(parsed, problems)
         texts = [None if r is None or i in problems else r[self.column] for i, r in enumerate(parsed)]
-        return Decoded(texts, kept, problems)
+        ids = [self._id(record) if record else None for record in parsed] if self.id_column else None
+        return Decoded(texts, kept, problems, ids)
 
     def _text_problem(self, record: dict[str, Any], has_escapes: bool) -> Problem | None:
         text = record.get(self.column)

@@ -94,7 +94,8 @@ class ParquetSource:
             columns = [batch.column(name) for name in self.kept.names]
             kept = batch_of([_without(c, problems) for c in columns], self.kept, len(texts))
         failures = tuple(self._failure(batch, i, offset, file, at, problems[i]) for i in sorted(problems))
-        return Chunk(offset=offset, texts=texts, kept=kept, failures=failures)
+        ids = [self._id(batch, i) for i in range(len(texts))] if self.id_column else None
+        return Chunk(offset=offset, texts=texts, kept=kept, failures=failures, ids=ids)
 
     def _texts(self, column: pa.Array, problems: dict[int, Problem]) -> list[str | None]:
         shown = f"column '{inert(self.column)}'"
@@ -110,15 +111,17 @@ class ParquetSource:
         return texts
 
     def _failure(self, batch: pa.RecordBatch, i: int, offset: int, file: int, at: int, problem: Problem) -> RowFailure:
-        row_id = None
-        if self.id_column:
-            try:
-                row_id = usable_id(batch.column(self.id_column)[i].as_py())
-            except (ValueError, OverflowError):
-                pass
         where = place(self.files[file].path, at + i, "row")
         told = message(where, problem.reason, _bytes_of(batch.column(self.column), i))
-        return RowFailure(offset=offset + i, error=problem.error, message=told, id=row_id)
+        return RowFailure(offset=offset + i, error=problem.error, message=told, id=self._id(batch, i))
+
+    def _id(self, batch: pa.RecordBatch, i: int) -> str | int | float | None:
+        if not self.id_column:
+            return None
+        try:
+            return usable_id(batch.column(self.id_column)[i].as_py())
+        except (ValueError, OverflowError):
+            return None
 
     def _json(self, batch: pa.RecordBatch, problems: dict[int, Problem]) -> list[str | None]:
         good: list[int | None] = [i for i in range(batch.num_rows) if i not in problems]

@@ -45,6 +45,7 @@ class Decoded(NamedTuple):
     texts: list[str | None]
     kept: pa.RecordBatch
     problems: dict[int, Problem]
+    ids: list[str | int | float | None] | None = None
 
 
 class Decoder(Protocol):
@@ -124,7 +125,7 @@ def _chunk(held: list[Record], decoder: Decoder, files: Sequence[InputFile], off
         where = place(files[record.file].path, record.line)
         told = message(where, problem.reason, record.head or record.data or b"")
         failures.append(RowFailure(offset=offset + i, error=problem.error, message=told, id=problem.id))
-    return Chunk(offset=offset, texts=decoded.texts, kept=decoded.kept, failures=tuple(failures))
+    return Chunk(offset=offset, texts=decoded.texts, kept=decoded.kept, failures=tuple(failures), ids=decoded.ids)
 
 
 def too_long(rules: Rules) -> Problem:

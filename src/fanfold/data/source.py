@@ -62,6 +62,8 @@ class RowFailure:
     error: str  # BadRecord, BadUtf8, NullText, NotText, MissingColumn, SchemaMismatch, RecordTooLong, ...
     message: str  # names the file, the line and the first 80 characters of the record
     id: str | int | float | None = None  # value of the id column where it could be read
+    piece: int | None = None  # the piece that it was computed in; None: it never got that far
+    attempts: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,7 @@ class Chunk:
     texts: list[str | None]
     kept: pa.RecordBatch
     failures: tuple[RowFailure, ...]
+    ids: list[str | int | float | None] | None = None  # the id column's values, where one was named
 
 
 class Source(Protocol):

@@ -30,6 +30,7 @@ class Hello:
     imports: tuple[str, ...] = ()
     unit: Any = None
     threads: int = 1
+    memory_bytes: int | None = None  # what a worker may hold beyond what the imports hold
 
 
 def main() -> None:
@@ -158,6 +159,8 @@ def _worker(channel: Channel, hello: Hello) -> None:
 
     from fanfold.engine.engine import Desk
 
+    if hello.memory_bytes is not None:
+        limit_memory(hello.memory_bytes)
     faulthandler.enable()  # a crash leaves its stack on stderr, which the parent keeps
     if not sys.platform.startswith("linux"):
         _watch_parent()
@@ -170,7 +173,12 @@ def _worker(channel: Channel, hello: Hello) -> None:
                 stop = stop or message == ("stop",)
         return stop
 
-    desk = Desk(hello.unit, beat=lambda rows, tokens: channel.send(("beat", rows, tokens)), stopping=stopping)
+    desk = Desk(
+        hello.unit,
+        beat=lambda rows, tokens: channel.send(("beat", rows, tokens)),
+        at=lambda piece, batch: channel.send(("at", piece, batch)),
+        stopping=stopping,
+    )
     work: Any = None
     channel.send(("up", os.getpid()))
     try:
@@ -191,6 +199,20 @@ def _worker(channel: Channel, hello: Hello) -> None:
                     return
     except Closed:
         return
+
+
+def limit_memory(allowed_bytes: int) -> None:
+    """Writable private memory may grow by this much from here; more is a MemoryError in this process (Linux)."""
+    try:
+        import resource
+
+        with open("/proc/self/status") as status:
+            held = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        wanted = held + allowed_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard < 0 else min(wanted, hard), hard))
+    except (ImportError, OSError, StopIteration, ValueError):
+        pass  # the parent still watches what each worker holds
 
 
 def _do(channel: Channel, work: Any, assignment: Any, desk: Any) -> None:

@@ -43,11 +43,13 @@ class Desk:
         unit: Unit,
         *,
         beat: Callable[[int, int], None] = lambda rows, tokens: None,
+        at: Callable[[int, int], None] = lambda piece, batch: None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.unit = unit
         self.cache: dict[str, Any] = {}
-        self.beat = beat  # one batch is computed: rows, tokens
+        self.beat = beat  # one batch is computed: rows, tokens; (0, 0) only says that the unit is alive
+        self.at = at  # the batch that begins now: what a death would be laid to
         self.stopping = stopping  # whether to end at the next piece
         self.spans: list[Span] = []
 

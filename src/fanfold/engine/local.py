@@ -10,10 +10,14 @@ import cloudpickle
 
 from fanfold.engine.engine import Failure, work_event
 from fanfold.engine.group import Group
+from fanfold.engine.schedule import Compute
 from fanfold.engine.supervisor import START_TIMEOUT_S, Process, Supervisor
 from fanfold.engine.wire import Closed
 from fanfold.errors import UnitLost
-from fanfold.events import Batch, ProcessStarted, UnitDied, UnitReady
+from fanfold.events import Batch, BatchBegun, ProcessStarted, UnitDied, UnitReady
+from fanfold.machine.cgroup import read_memory_use, read_oom_kills
+from fanfold.machine.memory import private_bytes
+from fanfold.quantity import format_bytes
 
 if TYPE_CHECKING:
     from fanfold.engine.engine import Agenda, Assignment, GroupHandle, Program, Work
@@ -23,6 +27,8 @@ _IDLE_POLL_S = 0.01  # while a unit is idle and the input is still being scanned
 _BUSY_POLL_S = 0.5
 _MAX_EARLY_DEATHS = 3  # deaths in a row of a unit that never finished anything
 _STOP_GRACE_S = 10.0
+_WEIGH_EVERY_S = 0.5
+TIMEOUT_BATCH_S = 300.0
 
 
 class _Seat:
@@ -35,6 +41,10 @@ class _Seat:
         self.work: bytes | None = None  # what the process was last given
         self.early_deaths = 0
         self.told_to_stop = False
+        self.heard_s = 0.0  # when the process last said something, or was given something
+        self.weighed_s = 0.0
+        self.begun_s: float | None = None  # when the present batch began
+        self.verdict: str | None = None  # why the process was ended by us
 
 
 class Local:
@@ -45,6 +55,11 @@ class Local:
         self._seats = [_Seat(unit) for unit in units]
         self.imports = imports
         self.threads = threads
+        self.timeout_batch_s = TIMEOUT_BATCH_S
+        self.patient = True  # nobody asked for a time: slow batches earn patience
+        self.memory_bytes: int | None = None
+        self._slowest_s = 0.0
+        self._oom_kills: int | None = None
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -62,8 +77,19 @@ class Local:
                 self._dismiss(seat)
         self._seats = [kept.get(unit) or _Seat(unit) for unit in units]
 
+    def limit(self, *, memory_bytes: int | None, timeout_batch_s: float | None) -> None:
+        """What each unit may hold, and how long a batch may take; units with another limit are started anew."""
+        self.timeout_batch_s = timeout_batch_s or TIMEOUT_BATCH_S
+        self.patient = timeout_batch_s is None
+        if memory_bytes != self.memory_bytes:
+            self.memory_bytes = memory_bytes
+            for seat in self._seats:
+                self._dismiss(seat)
+
     def carry_out(self, work: Work, agenda: Agenda) -> None:
         body = cloudpickle.dumps(work)
+        self._oom_kills = read_oom_kills()
+        self._slowest_s = 0.0
         try:
             for seat in self._seats:
                 seat.early_deaths = 0
@@ -106,6 +132,7 @@ class Local:
             if assignment is None:
                 continue
             seat.assignment = assignment
+            seat.heard_s = time.monotonic()
             try:
                 if seat.work is not body:
                     process.channel.send(("work", body))
@@ -141,16 +168,48 @@ class Local:
             except Closed:
                 dead.append(seat)
                 continue
+            if messages:
+                seat.heard_s = time.monotonic()
             for message in messages:
                 self._read(seat, message, agenda, results, failures)
-            if not process.up and time.monotonic() - process.started_s > START_TIMEOUT_S:
-                process.kill()
+            self._watch(seat, process)
         if results:
             agenda.finished(results)
         for seat, assignment, failure in failures:
             agenda.failed(seat.unit, assignment, failure)
         for seat in dead:
             self._replace(seat, agenda)
+
+    def _watch(self, seat: _Seat, process: Process) -> None:
+        """End a process that gives no sign of life, or holds more memory than it may."""
+        now_s = time.monotonic()
+        if not process.up:
+            if now_s - process.started_s > START_TIMEOUT_S:
+                seat.verdict = f"no sign of life for {START_TIMEOUT_S:.0f} s after its start"
+                process.kill()
+            return
+        if seat.assignment is None:
+            return
+        patience_s = self._patience_s(seat)
+        if now_s - seat.heard_s > patience_s:
+            seat.verdict = f"no sign of life for {patience_s:.0f} s (--timeout-batch): killed"
+            process.kill()
+        elif self.memory_bytes is not None and now_s - seat.weighed_s > _WEIGH_EVERY_S and process.pid:
+            seat.weighed_s = now_s
+            held_bytes = private_bytes(process.pid)
+            if held_bytes > self.memory_bytes:
+                seat.verdict = (
+                    f"out of memory: it held {format_bytes(held_bytes)} of its own, "
+                    f"{format_bytes(self.memory_bytes)} are allowed (--memory-per-unit): killed"
+                )
+                process.kill()
+
+    def _patience_s(self, seat: _Seat) -> float:
+        """For a batch, the asked-for time or a multiple of the slowest so far; more for whatever has no beats."""
+        assert seat.assignment is not None
+        if not isinstance(seat.assignment.instruction, Compute):
+            return self.timeout_batch_s * 10
+        return max(self.timeout_batch_s, 20 * self._slowest_s) if self.patient else self.timeout_batch_s
 
     def _read(
         self,
@@ -166,7 +225,13 @@ class Local:
                 assert seat.process is not None
                 seat.process.up, seat.process.pid = True, pid
                 agenda.tell(UnitReady(at_s=time.monotonic(), unit=name, pid=pid))
+            case ("at", piece, batch):
+                seat.begun_s = time.monotonic()
+                agenda.tell(BatchBegun(at_s=time.monotonic(), unit=name, piece=piece, batch=batch))
             case ("beat", rows, tokens):
+                if seat.begun_s is not None:
+                    self._slowest_s = max(self._slowest_s, time.monotonic() - seat.begun_s)
+                    seat.begun_s = None
                 agenda.tell(Batch(at_s=time.monotonic(), unit=name, rows=rows, tokens=tokens))
             case ("done" | "failed" as kind, outcome, spans):
                 assignment, seat.assignment = seat.assignment, None
@@ -182,16 +247,22 @@ class Local:
     # -- processes ------------------------------------------------------------------------------------
 
     def _fill(self, seat: _Seat) -> None:
-        seat.process = self._supervisor.start(seat.unit)
+        seat.process = self._supervisor.start(seat.unit, memory_bytes=self.memory_bytes)
+        seat.verdict = None
         seat.work = None
 
     def _replace(self, seat: _Seat, agenda: Agenda) -> None:
         process, assignment = seat.process, seat.assignment
         assert process is not None
         cause = self._supervisor.exit_cause(process)
+        if seat.verdict is not None:
+            cause, seat.verdict = seat.verdict, None
+        elif "SIGKILL" in cause and self._oom_killed():
+            cause = f"out of memory: {cause} by the system; {_memory_words()}"
         last_words = process.stderr.text()
         self._drop(seat)
-        seat.early_deaths += 1
+        if assignment is None or not isinstance(assignment.instruction, Compute):
+            seat.early_deaths += 1  # what a batch does to a unit is the agenda's to judge
         agenda.tell(UnitDied(at_s=time.monotonic(), unit=seat.unit.name, cause=cause))
         agenda.lost(seat.unit, assignment, cause + (f"\n{last_words}" if last_words else ""))
         if seat.early_deaths >= _MAX_EARLY_DEATHS:
@@ -204,6 +275,11 @@ class Local:
             )
         if not agenda.stopping:
             self._fill(seat)
+
+    def _oom_killed(self) -> bool:
+        """Whether the system has killed for memory since we last looked."""
+        before, self._oom_kills = self._oom_kills, read_oom_kills()
+        return before is not None and self._oom_kills is not None and self._oom_kills > before
 
     def _tell_to_stop(self) -> None:
         for seat in self._seats:
@@ -240,3 +316,11 @@ class Local:
         for seat in self._seats:
             self._dismiss(seat)
         self._supervisor.close()
+
+
+def _memory_words() -> str:
+    """What the control group holds and may hold, for a message."""
+    use = read_memory_use()
+    if use is None:
+        return "the machine's memory was full"
+    return f"the group held {format_bytes(use.usage_bytes)} ({use.file})"

@@ -15,7 +15,7 @@ from fanfold.errors import InternalError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-LEASE_S = 2.0  # a lease is sized to take about this long: what a killed worker loses at the most
+LEASE_S = 1.0  # a lease is sized to take about this long: what a killed worker loses at the most
 MAX_LEASE_PIECES = 256
 
 
@@ -137,6 +137,19 @@ class Schedule:
         self._parts_open.discard(done.part)
         self._computed.difference_update(range(done.first, done.last + 1))
         return True
+
+    def isolate(self, window: int, piece: int) -> None:
+        """The piece, which is in line, becomes a lease of its own from now on: it is suspected of killing units."""
+        todo = self._open[window].todo
+        for place, (start, stop) in enumerate(todo):
+            if start <= piece < stop:
+                parts = [(start, piece), (piece, piece + 1), (piece + 1, stop)]
+                del todo[place]
+                for part in reversed(parts):
+                    if part[0] < part[1]:
+                        todo.insert(place, part)
+                return
+        self._broken(f"window {window}: piece {piece} is not in line")
 
     def gave_up(self, unit: str) -> Instruction | None:
         """The unit failed or died: what it had goes back in line. The instruction, None if it had nothing."""

@@ -134,9 +134,11 @@ class Supervisor:
             )
             self._zygote_ready = False
 
-    def start(self, unit: Unit) -> Process:
+    def start(self, unit: Unit, *, memory_bytes: int | None = None) -> Process:
         """A new worker; it says ("up", pid) on its channel once it runs."""
-        hello = Hello(role="worker", sys_path=tuple(sys.path), unit=unit, threads=self.threads)
+        hello = Hello(
+            role="worker", sys_path=tuple(sys.path), unit=unit, threads=self.threads, memory_bytes=memory_bytes
+        )
         if sys.platform == "linux" and self._zygote_threads <= 1:
             process = self._fork(hello)
             if process is not None:

@@ -25,13 +25,16 @@ from fanfold.errors import (
     UnitLost,
     cause_line,
 )
-from fanfold.events import Event, InputEnded, Note, WindowFound, WindowPrepared
+from fanfold.events import BatchBegun, Event, InputEnded, Note, WindowFound, WindowPrepared
 from fanfold.job.prepare import is_sound
 from fanfold.job.work import (
     CommittedLease,
+    LeaseDetail,
     LeaseDone,
     PartDone,
     PreparedWindow,
+    Trial,
+    TrialDone,
     WindowDetail,
     WindowResult,
     items_name,
@@ -39,6 +42,7 @@ from fanfold.job.work import (
     lease_name,
     part_name,
 )
+from fanfold.split.bisect import Bisection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +54,8 @@ if TYPE_CHECKING:
     from fanfold.quantity import Limit
 
 MAX_ATTEMPTS = 3
+POISON_DEATHS = 2
+MAX_DEATHS_IN_A_ROW = 24  # of any units, without one result: the machine is to blame, not a row
 
 
 class Feed:
@@ -126,6 +132,73 @@ class Totals:
     retries: dict[str, int] = field(default_factory=dict)
 
 
+class Blame:
+    """Pieces that units died of, and the search for the rows that are to blame.
+
+    Two deaths in the same batch make it poison: it is never simply tried again. Its rows are tried in halves,
+    the others as fillers, a unit's death counting as "failed"; a row is to blame only if a unit died of it alone.
+    Then the batch is computed without it.
+    """
+
+    def __init__(self) -> None:
+        self._deaths: dict[tuple[int, int, int], list[tuple[str, str]]] = {}  # window, piece, batch -> causes
+        self._searches: dict[tuple[int, int], tuple[int, Bisection]] = {}  # window, piece -> batch, search
+        self.left_out: dict[tuple[int, int], dict[int, dict[int, tuple[str, str]]]] = {}
+        self._fruitless: dict[tuple[int, int, int], int] = {}
+
+    def died(self, window: int, piece: int, batch: int, num_rows: int, cause: tuple[str, str]) -> bool:
+        """A unit died of this batch. True: it is poison now, and a search for the rows has begun."""
+        causes = self._deaths.setdefault((window, piece, batch), [])
+        causes.append(cause)
+        if (window, piece) in self._searches:
+            self.tell(window, piece, passed=False)
+            return True
+        if len(causes) < POISON_DEATHS:
+            return False
+        causes.clear()
+        known = len(self.left_out.get((window, piece), {}).get(batch, {}))
+        self._searches[window, piece] = (batch, Bisection(num_rows - known, one=True))
+        causes.append(cause)
+        return True
+
+    def trial(self, window: int, piece: int) -> Trial | None:
+        """What to try next of a piece that is searched; None where it is computed as it is."""
+        search = self._searches.get((window, piece))
+        if search is None:
+            return None
+        batch, bisection = search
+        tried = bisection.next()
+        if tried is None:
+            self._conclude(window, piece, batch, bisection)
+            return None
+        return Trial(batch=batch, rows=tuple(self._places(window, piece, batch, bisection)[i] for i in tried))
+
+    def tell(self, window: int, piece: int, *, passed: bool) -> None:
+        """How the last trial of the piece went."""
+        _, bisection = self._searches[window, piece]
+        bisection.tell(passed)
+
+    def fruitless(self, window: int, piece: int, batch: int) -> int:
+        """How many searches of this batch found no culprit."""
+        return self._fruitless.get((window, piece, batch), 0)
+
+    def _places(self, window: int, piece: int, batch: int, bisection: Bisection) -> list[int]:
+        known = self.left_out.get((window, piece), {}).get(batch, {})
+        return [row for row in range(bisection.num_rows + len(known)) if row not in known]
+
+    def _conclude(self, window: int, piece: int, batch: int, bisection: Bisection) -> None:
+        places = self._places(window, piece, batch, bisection)
+        cause = self._deaths.pop((window, piece, batch))[-1]
+        del self._searches[window, piece]
+        if not bisection.bad:
+            key = (window, piece, batch)
+            self._fruitless[key] = self._fruitless.get(key, 0) + 1
+            return
+        found = self.left_out.setdefault((window, piece), {}).setdefault(batch, {})
+        for i in bisection.bad:
+            found[places[i]] = cause
+
+
 class JobAgenda:
     """Implements engine.Agenda for a job with a source, a task and a run folder."""
 
@@ -152,6 +225,9 @@ class JobAgenda:
         self._open: dict[int, _OpenWindow] = {}
         self._loaded: set[str] = set()
         self._attempts: dict[tuple[Any, ...], int] = {}
+        self._blame = Blame()
+        self._at: dict[str, tuple[int, int]] = {}  # unit -> piece and batch it has begun
+        self._deaths_in_a_row = 0
         self._ended = False
         self._stop = False
         self._feed: Feed | None = None
@@ -209,7 +285,8 @@ class JobAgenda:
                 return Assignment(instruction, self._open[instruction.window].detail)
             case Compute():
                 self._loaded.add(unit.name)
-                return Assignment(instruction, self._open[instruction.window].detail)
+                self._at.pop(unit.name, None)
+                return Assignment(instruction, self._lease_detail(instruction))
             case Assemble():
                 windows = range(instruction.first, instruction.last + 1)
                 return Assignment(instruction, tuple(self._result(index) for index in windows))
@@ -225,6 +302,7 @@ class JobAgenda:
         return self._stop
 
     def finished(self, results: Sequence[tuple[Unit, Assignment, Any]]) -> None:
+        self._deaths_in_a_row = 0
         entries: list[dict[str, Any]] = []
         leftovers: list[str] = []
         folders: set[str] = set()
@@ -233,6 +311,9 @@ class JobAgenda:
                 case Prepare() as prepare:
                     if self._schedule.prepared(unit.name, prepare, result.costs):
                         entries.append(self._window_entry(prepare.window, result))
+                case Compute() as lease if isinstance(result, TrialDone):
+                    self._schedule.gave_up(unit.name)
+                    self._blame.tell(lease.window, lease.first, passed=result.passed)
                 case Compute() as lease:
                     if self._schedule.computed(unit.name, lease, result.last, result.elapsed_s):
                         entries.append(self._publish_lease(lease, result))
@@ -268,14 +349,60 @@ class JobAgenda:
     def lost(self, unit: Unit, assignment: Assignment | None, cause: str) -> None:
         self._loaded.discard(unit.name)
         self._schedule.gave_up(unit.name)
-        self._tell(Note(at_s=time.monotonic(), text=f"{unit.name} {cause.splitlines()[0]}; replaced"))
-        if assignment is not None:
-            self._retry(assignment, "unit lost", cause, None)
+        self._deaths_in_a_row += 1
+        error, what = death_of(cause)
+        self.totals.retries[error] = self.totals.retries.get(error, 0) + 1
+        if assignment is None:
+            return
+        instruction = assignment.instruction
+        at = self._at.pop(unit.name, None)
+        if isinstance(instruction, Compute) and at is not None:
+            self._suspect(instruction, at, (error, what), cause)
+        else:
+            self._tell(Note(at_s=time.monotonic(), text=f"{unit.name} {what}; replaced"))
+            self._retry(assignment, None, cause, None)
 
     def tell(self, event: Event) -> None:
+        if isinstance(event, BatchBegun):
+            self._at[event.unit] = (event.piece, event.batch)
         self._tell(event)
 
     # -- inside ---------------------------------------------------------------------------------------
+
+    def _lease_detail(self, lease: Compute) -> LeaseDetail:
+        detail = self._open[lease.window].detail
+        trial = self._blame.trial(lease.window, lease.first) if lease.first == lease.last else None
+        left_out = {
+            (piece, batch): rows
+            for piece in range(lease.first, lease.last + 1)
+            for batch, rows in self._blame.left_out.get((lease.window, piece), {}).items()
+        }
+        return LeaseDetail(
+            window=detail.window,
+            items_sha256=detail.items_sha256,
+            kept_sha256=detail.kept_sha256,
+            left_out=left_out,
+            trial=trial,
+        )
+
+    def _suspect(self, lease: Compute, at: tuple[int, int], why: tuple[str, str], cause: str) -> None:
+        """A unit died of a batch: once is bad luck, twice makes the batch poison."""
+        piece, batch = at
+        rows = self._open[lease.window].rows[piece]
+        self._schedule.isolate(lease.window, piece)
+        searching = self._blame.died(lease.window, piece, batch, rows, why)
+        first_row = self._open[lease.window].detail.window.first_row
+        where = f"window {lease.window} (from row {first_row}), piece {piece}"
+        then = "looking for the row that is to blame" if searching else "replaced; the piece is tried once more"
+        self._tell(Note(at_s=time.monotonic(), text=f"a unit {why[1]} in {where}: {then}"))
+        too_many = self._deaths_in_a_row > MAX_DEATHS_IN_A_ROW
+        if too_many or self._blame.fruitless(lease.window, piece, batch) >= MAX_ATTEMPTS:
+            raise UnitLost(
+                f"computing {where}",
+                found=f"{self._deaths_in_a_row} deaths of units in a row; the last: {cause}",
+                allowed="units that live, or a row that can be set aside",
+                do="look at the last words; run the same command again to go on",
+            )
 
     def _take_windows(self) -> None:
         while self._feed is not None and not self._ended and self._schedule.wants_window:
@@ -329,7 +456,7 @@ class JobAgenda:
         )
         window.rows = tuple(entry["rows"])
         self.totals.truncated += entry["truncated"]
-        self._note_failures(window, entry["failed"], piece=None)
+        self._note_failures(window, entry["failed"])
         tokens = sum(entry["costs"])
         self._tell(WindowPrepared(at_s=time.monotonic(), rows=window.detail.window.num_rows, tokens=tokens))
 
@@ -356,7 +483,7 @@ class JobAgenda:
             "padded_tokens": result.padded_tokens,
             "name": name,
             "sha256": result.sha256,
-            "failed": [],
+            "failed": [asdict(failure) for failure in result.failures],
         }
         window.leases[lease.first] = (result.last, name, result.sha256)
         self._count_lease(window, entry)
@@ -367,7 +494,7 @@ class JobAgenda:
         self.totals.tokens += entry["tokens"]
         self.totals.padded_tokens += entry["padded_tokens"]
         self.totals.num_leases += 1
-        self._note_failures(window, entry["failed"], piece=entry["first"])
+        self._note_failures(window, entry["failed"])
 
     def _publish_part(self, part: Assemble, result: PartDone) -> dict[str, Any]:
         name = part_name(part.part, self._suffix)
@@ -415,7 +542,7 @@ class JobAgenda:
         leases = [CommittedLease(name=name, sha256=sha256) for _, (_, name, sha256) in sorted(window.leases.items())]
         return WindowResult(detail=window.detail, leases=tuple(leases), failed=frozenset(window.failed))
 
-    def _note_failures(self, window: _OpenWindow, failures: list[dict[str, Any]], piece: int | None) -> None:
+    def _note_failures(self, window: _OpenWindow, failures: list[dict[str, Any]]) -> None:
         for failure in failures:
             window.failed.add(failure["offset"])
             self.totals.failures.append(
@@ -425,8 +552,8 @@ class JobAgenda:
                     "error": failure["error"],
                     "message": failure["message"],
                     "window": window.detail.window.index,
-                    "piece": piece,
-                    "attempts": failure.get("attempts", 1),
+                    "piece": failure["piece"],
+                    "attempts": failure["attempts"],
                 }
             )
 
@@ -452,9 +579,10 @@ class JobAgenda:
                 do="look at quarantine.jsonl; run the same command with a higher limit to go on",
             )
 
-    def _retry(self, assignment: Assignment, kind: str, cause: str, failure: Failure | None) -> None:
+    def _retry(self, assignment: Assignment, kind: str | None, cause: str, failure: Failure | None) -> None:
         """Count the attempt; PieceFailed or UnitLost after the last one."""
-        self.totals.retries[kind] = self.totals.retries.get(kind, 0) + 1
+        if kind is not None:
+            self.totals.retries[kind] = self.totals.retries.get(kind, 0) + 1
         instruction = assignment.instruction
         key: tuple[Any, ...] = (type(instruction).__name__,)
         match instruction:
@@ -481,6 +609,16 @@ class JobAgenda:
             allowed="errors of single rows, which are set aside",
             do="run again with --verbose; report this if the error is not yours",
         ) from failure.error
+
+
+def death_of(cause: str) -> tuple[str, str]:
+    """What a unit died of, from the engine's words: (class, one line)."""
+    line = cause.splitlines()[0]
+    classes = {"SIGSEGV": "Segfault", "SIGBUS": "Segfault", "out of memory": "OutOfMemory", "no sign of life": "Hang"}
+    for word, error in classes.items():
+        if word in line:
+            return error, line
+    return "UnitLost", line
 
 
 def _shown(instruction: Any, windows: dict[int, _OpenWindow]) -> str:

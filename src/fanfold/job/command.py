@@ -33,6 +33,8 @@ class EmbedFlags:
     on_error: str = "quarantine"
     max_failures: str | None = None
     memory_per_unit: str | None = None
+    timeout_batch: str | None = None
+    too_long: str = "truncate"
     limit: int | None = None
     overwrite: bool = False
     dry_run: bool = False

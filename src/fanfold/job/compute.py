@@ -1,4 +1,8 @@
-"""Compute: run a lease of pieces through the model, write the results down, report name, count and hash."""
+"""Compute: run a lease of pieces through the model, write the results down, report name, count and hash.
+
+A batch that raises is taken apart here, on the unit: its rows are tried in halves, the others replaced by
+fillers in the same shape, until the culprits are known; all other rows keep the bytes they always have.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,21 @@ import hashlib
 import io
 import os
 import time
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from fanfold.errors import InternalError
+from fanfold.data.source import RowFailure
+from fanfold.errors import DataError, FanfoldError, InternalError, OutOfMemory, cause_line
 from fanfold.job.prepare import ensure_prepared
-from fanfold.job.work import JobWork, LeaseDone, WindowDetail, items_name
+from fanfold.job.work import JobWork, LeaseDetail, LeaseDone, Trial, TrialDone, items_name
+from fanfold.split.bisect import Bisection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from fanfold.data.durable import PosixStore
     from fanfold.engine.engine import Desk
@@ -37,13 +44,42 @@ def result_schema(columns: tuple[Column, ...]) -> pa.Schema:
     return pa.schema([("offset", pa.int32()), *((column.name, arrow_type(column)) for column in columns)])
 
 
+@dataclass(frozen=True, slots=True)
+class BatchItems:
+    """One batch as it was prepared: its rows' offsets, token ids, and the length they are padded to."""
+
+    offsets: list[int]
+    ids: list[np.ndarray]
+    length: int
+    piece: int
+    names: list[str | None] = field(default_factory=list)  # the id column as JSON, where one was named
+
+
+def batches_of(items: pa.RecordBatch, piece: int) -> Iterator[BatchItems]:
+    """The batches of the piece."""
+    batch = items.column("batch").to_numpy()
+    lengths = items.column("length").to_numpy()
+    offsets = items.column("offset").to_pylist()
+    names = items.column("id").to_pylist()
+    column = items.column("ids")
+    ends = column.offsets.to_numpy()
+    flat = column.values.to_numpy()
+    borders = [0, *(np.flatnonzero(np.diff(batch)) + 1).tolist(), len(batch)]
+    for start, stop in pairwise(borders):
+        ids = [flat[ends[row] : ends[row + 1]] for row in range(start, stop)]
+        yield BatchItems(offsets[start:stop], ids, int(lengths[start]), piece, names[start:stop])
+
+
 def compute_lease(
-    work: JobWork, opened: Opened, lease: Compute, detail: WindowDetail, desk: Desk, store: PosixStore
-) -> LeaseDone:
+    work: JobWork, opened: Opened, lease: Compute, detail: LeaseDetail, desk: Desk, store: PosixStore
+) -> LeaseDone | TrialDone:
     """Pieces lease.first..last, or fewer if a stop was requested, in one sealed file: one record batch a piece."""
     ensure_prepared(work, opened, detail, store)
+    if detail.trial is not None:
+        return _try(opened, lease, detail.trial, desk, store)
     columns = work.task.columns
     buffer = io.BytesIO()
+    failures: list[RowFailure] = []
     rows = tokens = padded_tokens = 0
     last = lease.first - 1
     start_s = time.monotonic()
@@ -56,13 +92,17 @@ def compute_lease(
         for piece in range(lease.first, lease.last + 1):
             items = reader.get_batch(piece)
             results = []
-            for ids, length in batches_of(items):
-                results.append(opened.compute(ids, length))
-                rows += len(ids)
-                tokens += sum(map(len, ids))
-                padded_tokens += len(ids) * length
-                desk.beat(len(ids), len(ids) * length)
-            writer.write_batch(_record(items.column(0), results, columns))
+            for number, batch in enumerate(batches_of(items, piece)):
+                desk.at(piece, number)
+                left_out = detail.left_out.get((piece, number), {})
+                result, failed = compute_batch(opened, batch, left_out)
+                results.append(result)
+                failures += failed
+                rows += len(batch.ids)
+                tokens += sum(map(len, batch.ids))
+                padded_tokens += len(batch.ids) * batch.length
+                desk.beat(len(batch.ids), len(batch.ids) * batch.length)
+            writer.write_batch(_record(items.column("offset"), results, columns))
             last = piece
             if desk.stopping():
                 break
@@ -80,22 +120,140 @@ def compute_lease(
         tokens=tokens,
         padded_tokens=padded_tokens,
         elapsed_s=elapsed_s,
+        failures=tuple(failures),
     )
 
 
-def batches_of(items: pa.RecordBatch) -> Iterator[tuple[list[np.ndarray], int]]:
-    """The batches of a piece: token ids of each row, and the length they are padded to."""
-    batch = items.column(1).to_numpy()
-    lengths = items.column(2).to_numpy()
-    column = items.column(3)
-    ends = column.offsets.to_numpy()
-    flat = column.values.to_numpy()
-    borders = [0, *(np.flatnonzero(np.diff(batch)) + 1).tolist(), len(batch)]
-    for start, stop in pairwise(borders):
-        yield [flat[ends[row] : ends[row + 1]] for row in range(start, stop)], int(lengths[start])
+def compute_batch(
+    opened: Opened, batch: BatchItems, left_out: dict[int, tuple[str, str]]
+) -> tuple[dict[str, Any], list[RowFailure]]:
+    """The batch's results and its failed rows. `left_out` are rows known to be bad: place -> (error, message)."""
+    failures = [_failure(batch, row, error, message) for row, (error, message) in sorted(left_out.items())]
+    try:
+        return compute_rows(opened, batch, set(range(len(batch.ids))) - left_out.keys()), failures
+    except FanfoldError as error:
+        if not isinstance(error, DataError):
+            raise
+        first: Exception = error
+    except Exception as error:
+        first = error
+    return _take_apart(opened, batch, left_out, failures, first)
 
 
-def _record(offsets: pa.Array, results: list[dict[str, Any]], columns: tuple[Column, ...]) -> pa.RecordBatch:
+def compute_rows(opened: Opened, batch: BatchItems, real: set[int] | tuple[int, ...]) -> dict[str, Any]:
+    """The batch in its own shape, every row that is not in `real` replaced by a filler."""
+    if len(real) == len(batch.ids):
+        return opened.compute(batch.ids, batch.length)
+    filler = opened.filler()[: batch.length]
+    chosen = set(real)
+    return opened.compute([ids if row in chosen else filler for row, ids in enumerate(batch.ids)], batch.length)
+
+
+def _take_apart(
+    opened: Opened,
+    batch: BatchItems,
+    left_out: dict[int, tuple[str, str]],
+    failures: list[RowFailure],
+    first: Exception,
+) -> tuple[dict[str, Any], list[RowFailure]]:
+    """Find the culprits among the rows that are not left out already, and the results of all others."""
+    places = [row for row in range(len(batch.ids)) if row not in left_out]
+    bisection = Bisection(len(places))
+    merged: dict[str, Any] = {}
+    errors: dict[int, Exception] = {}
+    while (tried := bisection.next()) is not None:
+        rows = tuple(places[i] for i in tried)
+        num_bad = len(bisection.bad)
+        error: Exception | None = None
+        try:
+            result = compute_rows(opened, batch, rows)
+        except Exception as caught:
+            error = caught
+        else:
+            _put(merged, result, rows)
+        bisection.tell(error is None)
+        if error is not None:
+            first = error
+        if len(bisection.bad) > num_bad:
+            for i in bisection.bad - errors.keys():
+                errors[i] = first
+            if len(bisection.bad) == 2:
+                _check_filler(opened, batch, first)
+    for i, error in errors.items():
+        failures.append(_failure(batch, places[i], *row_error(error)))
+    if not merged:  # not one row is good: the shape of the results comes from fillers alone
+        merged = compute_rows(opened, batch, ())
+    return merged, failures
+
+
+def _check_filler(opened: Opened, batch: BatchItems, error: Exception) -> None:
+    """Two culprits in one batch are rare: where fillers alone fail too, the rows are not to blame."""
+    try:
+        compute_rows(opened, batch, ())
+    except Exception:
+        if isinstance(error, MemoryError) or "allocate" in str(error):
+            raise OutOfMemory(
+                f"a batch of {len(batch.ids)} rows of {batch.length} tokens",
+                found=cause_line(error),
+                allowed="memory for one batch of any rows",
+                do="give each unit more memory (--memory-per-unit, fewer units with --on cpu:1)",
+            ) from error
+        raise InternalError(
+            f"a batch of {len(batch.ids)} rows of {batch.length} tokens",
+            found=f"it fails whatever rows it holds: {cause_line(error)}",
+            allowed="errors that single rows cause",
+            do="run again with --verbose; report this if the model works elsewhere",
+        ) from error
+
+
+def _put(merged: dict[str, Any], result: dict[str, Any], rows: Iterable[int]) -> None:
+    """Take over the results of these rows."""
+    for name, values in result.items():
+        if name not in merged:
+            merged[name] = np.copy(values) if isinstance(values, np.ndarray) else list(values)
+            continue
+        for row in rows:
+            merged[name][row] = values[row]
+
+
+def row_error(error: Exception) -> tuple[str, str]:
+    """Class and one line, as they stand in quarantine.jsonl."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "OutOfMemory", f"more memory than the unit may hold (--memory-per-unit): {cause_line(error)}"
+    return type(error).__name__, cause_line(error)
+
+
+def _failure(batch: BatchItems, row: int, error: str, message: str) -> RowFailure:
+    import json
+
+    name = batch.names[row] if batch.names else None
+    return RowFailure(
+        offset=batch.offsets[row],
+        error=error,
+        message=message,
+        id=None if name is None else json.loads(name),
+        piece=batch.piece,
+        attempts=2,
+    )
+
+
+def _try(opened: Opened, lease: Compute, trial: Trial, desk: Desk, store: PosixStore) -> TrialDone:
+    """Compute some rows of one batch, the others as fillers; surviving it is the result."""
+    with (
+        desk.timed("compute", f"window {lease.window} piece {lease.first}: looking for the bad row"),
+        pa.memory_map(str(store.path(items_name(lease.window)))) as mapped,
+    ):
+        for number, batch in enumerate(batches_of(pa.ipc.open_file(mapped).get_batch(lease.first), lease.first)):
+            if number == trial.batch:
+                desk.at(lease.first, number)
+                try:
+                    compute_rows(opened, batch, trial.rows)
+                except Exception as error:
+                    return TrialDone(passed=False, cause=row_error(error))
+    return TrialDone(passed=True)
+
+
+def _record(offsets: pa.Array, results: Sequence[dict[str, Any]], columns: tuple[Column, ...]) -> pa.RecordBatch:
     arrays = [offsets]
     for column in columns:
         values = [result[column.name] for result in results]

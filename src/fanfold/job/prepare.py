@@ -7,26 +7,35 @@ of computation, and the kept columns in row order, which the assembler puts besi
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
+from fanfold.data.source import RowFailure
 from fanfold.job.work import JobWork, PreparedWindow, WindowDetail, items_name, kept_name
 from fanfold.split.batch import cut
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from fanfold.data.durable import PosixStore
-    from fanfold.data.source import RowFailure, Window
+    from fanfold.data.source import Window
     from fanfold.split.batch import Cut
     from fanfold.tasks.task import Opened
 
 # offset: the row within its window; batch: within its piece; length: what the batch is padded to
 ITEMS = pa.schema(
-    [("offset", pa.int32()), ("batch", pa.int32()), ("length", pa.int32()), ("ids", pa.list_(pa.int32()))]
+    [
+        ("offset", pa.int32()),
+        ("batch", pa.int32()),
+        ("length", pa.int32()),
+        ("ids", pa.list_(pa.int32())),
+        ("id", pa.string()),  # the id column's value as JSON, null where none was named
+    ]
 )
 
 
@@ -61,11 +70,14 @@ class HashingFile:
         return self._hash.hexdigest()
 
 
-def prepare_window(work: JobWork, opened: Opened, window: Window, store: PosixStore) -> PreparedWindow:
+def prepare_window(
+    work: JobWork, opened: Opened, window: Window, store: PosixStore, alive: Callable[[], None] = lambda: None
+) -> PreparedWindow:
     """Both files of the window stand in OUT/windows; the same rows always give the same files."""
     failures: list[RowFailure] = []
     offsets: list[int] = []
     ids: list[np.ndarray] = []
+    row_ids: list[Any] = []
     truncated = 0
     tag = f"{window.index:09d}-{os.getpid()}"
     kept_tmp = store.path(f"tmp/k-{tag}")
@@ -76,10 +88,20 @@ def prepare_window(work: JobWork, opened: Opened, window: Window, store: PosixSt
             rows = [(chunk.offset + i, text) for i, text in enumerate(chunk.texts) if text is not None]
             if rows:
                 prepared = opened.prepare([text for _, text in rows])
-                offsets += [offset for offset, _ in rows]
-                ids += prepared.ids
-                truncated += prepared.truncated
+                names = {} if chunk.ids is None else {chunk.offset + i: name for i, name in enumerate(chunk.ids)}
+                too_long: set[int] = set()
+                if work.output.too_long == "quarantine":
+                    too_long = set(prepared.truncated)
+                    failures += [_too_long(rows[i][0], names.get(rows[i][0])) for i in prepared.truncated]
+                else:
+                    truncated += len(prepared.truncated)
+                for i, (offset, _) in enumerate(rows):
+                    if i not in too_long:
+                        offsets.append(offset)
+                        ids.append(prepared.ids[i])
+                        row_ids.append(names.get(offset))
             kept.write_batch(chunk.kept)
+            alive()
     kept_file.close()
     lengths = [len(row) for row in ids]
     plan = cut(
@@ -89,7 +111,8 @@ def prepare_window(work: JobWork, opened: Opened, window: Window, store: PosixSt
         piece_batches=work.numerics.piece_batches,
     )
     items_tmp = store.path(f"tmp/w-{tag}")
-    items_sha256 = _write_items(items_tmp, plan, dict(zip(offsets, ids, strict=True)))
+    rows_by_offset = {offset: (row, row_id) for offset, row, row_id in zip(offsets, ids, row_ids, strict=True)}
+    items_sha256 = _write_items(items_tmp, plan, rows_by_offset)
     os.replace(kept_tmp, store.path(kept_name(window.index)))
     os.replace(items_tmp, store.path(items_name(window.index)))
     return PreparedWindow(
@@ -103,15 +126,22 @@ def prepare_window(work: JobWork, opened: Opened, window: Window, store: PosixSt
     )
 
 
-def _write_items(path: Path, plan: Cut, ids: dict[int, np.ndarray]) -> str:
+def _too_long(offset: int, row_id: Any) -> RowFailure:
+    return RowFailure(
+        offset=offset, error="TooLong", message="the text is longer than the model's limit (--max-length)", id=row_id
+    )
+
+
+def _write_items(path: Path, plan: Cut, rows: dict[int, tuple[np.ndarray, Any]]) -> str:
     file = HashingFile(path)
     with pa.ipc.new_file(pa.PythonFile(file, mode="w"), ITEMS) as writer:
         for piece in plan.pieces:
             order = plan.order[piece[0].start : piece[-1].stop]
             batch_of = [number for number, batch in enumerate(piece) for _ in range(batch.rows)]
             length_of = [batch.length for batch in piece for _ in range(batch.rows)]
-            ends = np.cumsum([0, *(len(ids[offset]) for offset in order)], dtype=np.int32)
-            flat = np.concatenate([ids[offset] for offset in order])
+            ends = np.cumsum([0, *(len(rows[offset][0]) for offset in order)], dtype=np.int32)
+            flat = np.concatenate([rows[offset][0] for offset in order])
+            names = [None if rows[offset][1] is None else json.dumps(rows[offset][1]) for offset in order]
             writer.write_batch(
                 pa.record_batch(
                     [
@@ -119,6 +149,7 @@ def _write_items(path: Path, plan: Cut, ids: dict[int, np.ndarray]) -> str:
                         pa.array(batch_of, pa.int32()),
                         pa.array(length_of, pa.int32()),
                         pa.ListArray.from_arrays(pa.array(ends), pa.array(flat)),
+                        pa.array(names, pa.string()),
                     ],
                     schema=ITEMS,
                 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import RequestError
-from fanfold.quantity import parse_bytes, parse_share
+from fanfold.quantity import parse_bytes, parse_duration_s, parse_share
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fanfold.quantity import Limit
 
 ON_ERROR = ("quarantine", "null", "stop")
+TOO_LONG = ("truncate", "quarantine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class Request:
     on_error: str = "quarantine"
     max_failures: str | None = None
     memory_per_unit: str | None = None
+    timeout_batch: str | None = None
+    too_long: str = "truncate"
     limit: int | None = None
     prefix: str = ""
     overwrite: bool = False
@@ -43,6 +46,13 @@ class Request:
                 found="no such policy",
                 allowed=", ".join(ON_ERROR),
                 do="leave it away to set failed rows aside",
+            )
+        if self.too_long not in TOO_LONG:
+            raise RequestError(
+                f"--too-long {self.too_long}",
+                found="no such policy",
+                allowed=", ".join(TOO_LONG),
+                do="leave it away to cut long texts to the model's limit",
             )
         if self.limit is not None and self.limit < 0:
             raise RequestError(
@@ -61,6 +71,10 @@ class Request:
         return parse_bytes(self.memory_per_unit, name="--memory-per-unit") if self.memory_per_unit else None
 
     @property
+    def timeout_batch_s(self) -> float | None:
+        return parse_duration_s(self.timeout_batch, name="--timeout-batch") if self.timeout_batch else None
+
+    @property
     def record(self) -> dict[str, Any]:
         """The settings that shape the output: part of the fingerprint."""
         return {
@@ -68,6 +82,7 @@ class Request:
             "id": self.id,
             "keep": list(self.keep) if isinstance(self.keep, tuple) else self.keep,
             "failed_as_null": self.on_error == "null",
+            "too_long": self.too_long,
             "limit": self.limit,
             "prefix": self.prefix,
         }

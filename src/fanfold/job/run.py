@@ -15,6 +15,7 @@ from fanfold import __version__
 from fanfold.data import journal
 from fanfold.data.folder import RUN, SUCCESS, Output, open_run, read_json, write_json
 from fanfold.data.opening import open_source
+from fanfold.engine.local import Local
 from fanfold.engine.schedule import Schedule
 from fanfold.errors import DataError, InputError, RequestError, ResumeError, Stopped
 from fanfold.job import engines
@@ -107,7 +108,7 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
         stdin=request.stdin,
         reserved=result_names(task, request.prefix),
     )
-    plan = choose(where, machine, _job(task, source), numerics)
+    plan = choose(where, machine, _job(task, source, request), numerics)
     for key, value in task.shown.items():
         say(f"{key + ':':<9}{value}")
     _say_plan(plan, say)
@@ -134,7 +135,12 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
             task=task,
             source=source,
             numerics=numerics,
-            output=OutputRules(format=output.format, prefix=request.prefix, failed_as_null=request.on_error == "null"),
+            output=OutputRules(
+                format=output.format,
+                prefix=request.prefix,
+                failed_as_null=request.on_error == "null",
+                too_long=request.too_long,
+            ),
             folder=store.root,
             sync=request.sync,
         )
@@ -182,7 +188,7 @@ def _carry_out(
     agenda.start(numerics.window_rows, _SPOOL_AHEAD if spooled else _SCAN_AHEAD)
     try:
         with _stop_on_signals(agenda, display) if signals else _nothing():
-            _run_engine(work, plan, agenda)
+            _run_engine(work, plan, agenda, request)
         if agenda.stopping and not agenda.done:
             raise Stopped(
                 f"the job in {output.shown}",
@@ -205,7 +211,7 @@ def _carry_out(
     return Run(out=output.shown, folder=output.folder, summary=summary, plan=plan.record())
 
 
-def _run_engine(work: JobWork, plan: Plan, agenda: JobAgenda) -> None:
+def _run_engine(work: JobWork, plan: Plan, agenda: JobAgenda, request: Request) -> None:
     if plan.engine == "inline":
         engine = engines.engine_for("inline", imports=(), threads=1)
         with held_threads(work.threads):
@@ -213,7 +219,11 @@ def _run_engine(work: JobWork, plan: Plan, agenda: JobAgenda) -> None:
         return
     with engines.hold():
         local = engines.engine_for("local", imports=work.imports, threads=work.threads)
-        local.resize(plan.units)  # type: ignore[union-attr]
+        assert isinstance(local, Local)
+        local.limit(
+            memory_bytes=plan.unit_memory_bytes + work.task.weights_bytes, timeout_batch_s=request.timeout_batch_s
+        )
+        local.resize(plan.units)
         local.carry_out(work, agenda)
         engines.touch()
 
@@ -224,8 +234,12 @@ def _numerics(task: Task, kind: str) -> Numerics:
     return replace(numerics, windows_per_part=windows_per_part(numerics.window_rows, width))
 
 
-def _job(task: Task, source: Source) -> Job:
-    return Job(weights_bytes=task.weights_bytes, input_bytes=source.total_bytes)
+def _job(task: Task, source: Source, request: Request) -> Job:
+    return Job(
+        weights_bytes=task.weights_bytes,
+        input_bytes=source.total_bytes,
+        unit_memory_bytes=request.unit_memory_bytes,
+    )
 
 
 def _check_inputs_outside(request: Request, output: Output) -> None:

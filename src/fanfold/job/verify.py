@@ -21,7 +21,7 @@ from fanfold.data.opening import open_source
 from fanfold.engine.engine import Desk
 from fanfold.errors import DifferenceFound, ResumeError
 from fanfold.job.agenda import window_of
-from fanfold.job.compute import batches_of
+from fanfold.job.compute import batches_of, compute_rows
 from fanfold.job.fingerprint import check_same, fingerprint
 from fanfold.job.finish import output_sha256
 from fanfold.job.opened import OpenedRun, open_existing
@@ -140,6 +140,7 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
             on_error="null" if request["failed_as_null"] else "quarantine",
             limit=request["limit"],
             prefix=request["prefix"],
+            too_long=request["too_long"],
         )
         wanted = fingerprint(
             source=source,
@@ -154,7 +155,7 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
             task=task,
             source=source,
             numerics=numerics,
-            output=OutputRules(format=opened.output.format, prefix=request["prefix"]),
+            output=OutputRules(format=opened.output.format, prefix=request["prefix"], too_long=request["too_long"]),
             folder=Path(folder),
             sync=False,
         )
@@ -194,7 +195,10 @@ def _compare(
             reader = pa.ipc.open_file(mapped)
             for piece in pieces:
                 items = reader.get_batch(piece)
-                results = [loaded.compute(ids, length) for ids, length in batches_of(items)]
+                results = []
+                for batch in batches_of(items, piece):
+                    real = {i for i, offset in enumerate(batch.offsets) if offset not in failed}
+                    results.append(compute_rows(loaded, batch, real))
                 batches += len(results)
                 values = np.concatenate([result[work.task.columns[0].name] for result in results])
                 for offset, value in zip(items.column(0).to_pylist(), values, strict=True):

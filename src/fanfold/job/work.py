@@ -7,7 +7,7 @@ writes it. Workers read and write files themselves; only names, counts and hashe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fanfold.data.durable import PosixStore
@@ -30,6 +30,7 @@ class OutputRules:
     format: str  # parquet, jsonl, csv
     prefix: str = ""
     failed_as_null: bool = False
+    too_long: str = "truncate"  # or quarantine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,30 @@ class WindowDetail:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """Instead of a lease: these rows of one batch, all others as fillers, to see whether the unit survives it."""
+
+    batch: int  # within the lease's one piece
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialDone:
+    """The unit survived; not passed: the rows raised, `cause` is (error, message)."""
+
+    passed: bool
+    cause: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseDetail(WindowDetail):
+    """What a unit must know of a lease. left_out: (piece, batch) -> rows known to be bad -> (error, message)."""
+
+    left_out: dict[tuple[int, int], dict[int, tuple[str, str]]] = field(default_factory=dict)
+    trial: Trial | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseDone:
     """A lease's result file, sealed under a temporary name; `last` < asked where a stop came in between."""
 
@@ -65,6 +90,7 @@ class LeaseDone:
     tokens: int
     padded_tokens: int
     elapsed_s: float
+    failures: tuple[RowFailure, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +150,9 @@ class JobWork:
                 return None
             case Prepare():
                 with desk.timed("prepare", f"window {assignment.instruction.window}"):
-                    return prepare.prepare_window(self, self.opened(desk), assignment.detail.window, store)
+                    return prepare.prepare_window(
+                        self, self.opened(desk), assignment.detail.window, store, alive=lambda: desk.beat(0, 0)
+                    )
             case Compute() as lease:
                 opened = self.loaded(desk)
                 return compute.compute_lease(self, opened, lease, assignment.detail, desk, store)

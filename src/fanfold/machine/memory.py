@@ -18,3 +18,15 @@ def pss_bytes(pid: int) -> int:
         return int(psutil.Process(pid).memory_info().rss)
     except Exception:  # the process has just ended
         return 0
+
+
+def private_bytes(pid: int) -> int:
+    """Memory of the process that is its own: anonymous pages, not the files it has mapped. 0 if it has ended."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            for line in file:
+                if line.startswith("RssAnon:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return 0
+    return pss_bytes(pid)

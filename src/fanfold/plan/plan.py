@@ -26,6 +26,7 @@ class Plan:
     units: tuple[Unit, ...]
     layout: Layout
     numerics: Numerics
+    unit_memory_bytes: int  # what a unit may hold of its own, weights not counted
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = field(default=())
 
@@ -36,6 +37,7 @@ class Plan:
             "units": [unit.name for unit in self.units],
             "layout": str(self.layout),
             "numerics": self.numerics.record(),
+            "unit_memory_bytes": self.unit_memory_bytes,
             "reasons": list(self.reasons),
             "warnings": list(self.warnings),
         }

@@ -29,7 +29,7 @@ class Job:
 
     weights_bytes: int
     input_bytes: int | None  # None: a stream
-    max_rows: int | None = None
+    unit_memory_bytes: int | None = None  # asked for; None: an equal share of what is allowed
 
 
 def parse_where(text: str) -> Where:
@@ -52,12 +52,13 @@ def parse_where(text: str) -> Where:
 def choose(where: Where, machine: Machine, job: Job, numerics: Numerics) -> Plan:
     """The units for the job, with reasons; PlanError where the request cannot be met."""
     if where.kind == "inline":
-        return _plan("inline", (Unit(name="inline"),), numerics, ["inline: one unit in this process, as asked"])
+        reasons = ["inline: one unit in this process, as asked"]
+        return _plan("inline", (Unit(name="inline"),), numerics, _share(machine, job, 1), reasons)
     if where.kind == "cuda":
-        return _choose_cuda(where, machine, numerics)
-    room = max(1, (machine.memory_bytes - job.weights_bytes) // UNIT_BYTES)
+        return _choose_cuda(where, machine, job, numerics)
+    room = max(1, (machine.memory_bytes - job.weights_bytes) // (job.unit_memory_bytes or UNIT_BYTES))
     if where.count is not None:
-        return _asked_for(where.count, machine, room, numerics)
+        return _asked_for(where.count, machine, job, room, numerics)
     reasons = [f"{machine.cores} core(s) allowed: {machine.cores_reason}"]
     count = machine.cores // numerics.threads_per_unit or 1
     if room < count:
@@ -68,7 +69,14 @@ def choose(where: Where, machine: Machine, job: Job, numerics: Numerics) -> Plan
         count = max(1, pieces)
         reasons.append(f"the input holds about {max(1, pieces)} piece(s) of work: more units would only load the model")
     reasons.append(f"data={count}: each unit holds the whole model and computes its own pieces")
-    return _plan("local", _cpu_units(count), numerics, reasons)
+    return _plan("local", _cpu_units(count), numerics, _share(machine, job, count), reasons)
+
+
+def _share(machine: Machine, job: Job, count: int) -> int:
+    """What one of `count` units may hold of its own: as asked, or an equal share of what the weights leave."""
+    if job.unit_memory_bytes is not None:
+        return job.unit_memory_bytes
+    return max(UNIT_BYTES, (machine.memory_bytes - job.weights_bytes) // count)
 
 
 def _expected_pieces(job: Job, numerics: Numerics) -> int | None:
@@ -77,7 +85,7 @@ def _expected_pieces(job: Job, numerics: Numerics) -> int | None:
     return -(-job.input_bytes // (_BYTES_PER_TOKEN * numerics.batch_tokens * numerics.piece_batches))
 
 
-def _asked_for(count: int, machine: Machine, room: int, numerics: Numerics) -> Plan:
+def _asked_for(count: int, machine: Machine, job: Job, room: int, numerics: Numerics) -> Plan:
     most = min(OVERSUBSCRIPTION * machine.cores, room)
     if count < 1 or count > most:
         raise PlanError(
@@ -89,10 +97,11 @@ def _asked_for(count: int, machine: Machine, room: int, numerics: Numerics) -> P
     warnings = []
     if count > machine.cores:
         warnings.append(f"cpu:{count} is more than the {machine.cores} allowed core(s): units will share cores")
-    return _plan("local", _cpu_units(count), numerics, [f"data={count}: as asked"], warnings)
+    reasons = [f"data={count}: as asked"]
+    return _plan("local", _cpu_units(count), numerics, _share(machine, job, count), reasons, warnings)
 
 
-def _choose_cuda(where: Where, machine: Machine, numerics: Numerics) -> Plan:
+def _choose_cuda(where: Where, machine: Machine, job: Job, numerics: Numerics) -> Plan:
     present = [gpu.index for gpu in machine.gpus]
     wanted = list(where.devices) or present
     missing = [index for index in wanted if index not in present]
@@ -104,7 +113,8 @@ def _choose_cuda(where: Where, machine: Machine, numerics: Numerics) -> Plan:
             do="leave --on away to use the CPU" if not present else f"choose among {present}",
         )
     units = tuple(Unit(name=f"cuda:{index}", device=f"cuda:{index}") for index in wanted)
-    return _plan("local", units, numerics, [f"data={len(units)}: one worker per GPU, as asked"])
+    reasons = [f"data={len(units)}: one worker per GPU, as asked"]
+    return _plan("local", units, numerics, _share(machine, job, len(units)), reasons)
 
 
 def _cpu_units(count: int) -> tuple[Unit, ...]:
@@ -115,6 +125,7 @@ def _plan(
     engine: str,
     units: tuple[Unit, ...],
     numerics: Numerics,
+    unit_memory_bytes: int,
     reasons: list[str],
     warnings: list[str] | None = None,
 ) -> Plan:
@@ -123,6 +134,7 @@ def _plan(
         units=units,
         layout=Layout(data=len(units)),
         numerics=numerics,
+        unit_memory_bytes=unit_memory_bytes,
         reasons=tuple(reasons),
         warnings=tuple(warnings or ()),
     )

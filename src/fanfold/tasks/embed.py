@@ -187,7 +187,7 @@ class EmbedOnUnit:
         )
         ids = [np.asarray(row, dtype=np.int32) for row in found["input_ids"]]
         full = [i for i, row in enumerate(ids) if len(row) >= limit]
-        return Prepared(ids=ids, truncated=sum(self._is_cut(found, texts, i) for i in full))
+        return Prepared(ids=ids, truncated=[i for i in full if self._is_cut(found, texts, i)])
 
     def _is_cut(self, found: Any, texts: list[str], index: int) -> bool:
         if found.is_fast:
@@ -210,6 +210,13 @@ class EmbedOnUnit:
                 tokenizer.pad_token = tokenizer.eos_token
             self._tokenizer = tokenizer
         return self._tokenizer
+
+    def filler(self) -> np.ndarray:
+        """The special tokens of an empty text; the padding token where there are none."""
+        import numpy as np
+
+        tokenizer = self._open_tokenizer()
+        return np.asarray(tokenizer("")["input_ids"] or [tokenizer.pad_token_id], dtype=np.int32)
 
     # -- model ----------------------------------------------------------------------------------------
 

@@ -29,10 +29,10 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """Rows as token ids. ids: one int32 array a row; truncated: rows that lost tokens to the length limit."""
+    """Rows as token ids. ids: one int32 array a row; truncated: which rows lost tokens to the length limit."""
 
     ids: list[np.ndarray]
-    truncated: int
+    truncated: list[int]
 
 
 class Opened(Protocol):
@@ -43,6 +43,9 @@ class Opened(Protocol):
 
     def load(self) -> None:
         """The model is loaded; twice is fine."""
+
+    def filler(self) -> np.ndarray:
+        """Token ids of a neutral row, short and harmless: it stands in a batch for a row that is left out."""
 
     def compute(self, ids: Sequence[np.ndarray], length: int) -> dict[str, Any]:
         """One batch padded to `length` -> one array [rows, ...] for each result column."""

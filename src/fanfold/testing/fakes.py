@@ -79,7 +79,12 @@ class FakeOnUnit:
         limit = self.task.max_length
         data = [text.encode("utf-8") for text in texts]
         ids = [np.frombuffer(row[:limit] or b"\0", dtype=np.uint8).astype(np.int32) for row in data]
-        return Prepared(ids=ids, truncated=sum(len(row) > limit for row in data))
+        return Prepared(ids=ids, truncated=[i for i, row in enumerate(data) if len(row) > limit])
+
+    def filler(self) -> np.ndarray:
+        import numpy as np
+
+        return np.zeros(1, dtype=np.int32)
 
     def load(self) -> None:
         if self.task.load_fault:
