@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fanfold.errors import FanfoldError, UnitLost
-from fanfold.events import Batch, UnitDied, UnitReady
+from fanfold.events import Batch, Note, UnitDied, UnitReady
 from fanfold.job import engines
 from fanfold.job.request import Request
 from fanfold.job.run import run_job
@@ -141,7 +141,7 @@ def test_a_killed_worker_is_replaced_soon_and_no_byte_changes(docs, expected, tm
     assert bytes_of(tmp_path / "out") == expected
     assert done.exit_code == 0
     assert done.summary["rows_ok"] == NUM_ROWS
-    assert done.summary["retries"] == {"unit lost": 1}
+    assert sum(done.summary["retries"].values()) == 1
     (died,) = listener.of(UnitDied)
     assert "SIGKILL" in died.cause
     ready_s = min(e.at_s for e in listener.of(UnitReady) if e.unit == died.unit and e.at_s > died.at_s) - died.at_s
@@ -165,7 +165,7 @@ def test_all_workers_killed_at_once_are_replaced(docs, expected, tmp_path):
     assert bytes_of(tmp_path / "out") == expected
     assert done.exit_code == 0
     assert {event.unit for event in listener.of(UnitDied)} == {"cpu:0", "cpu:1"}
-    assert 1 <= done.summary["retries"]["unit lost"] <= 2
+    assert 1 <= sum(done.summary["retries"].values()) <= 2
 
 
 def test_workers_that_die_again_and_again_end_the_job_which_can_go_on(docs, expected, tmp_path):
@@ -214,10 +214,10 @@ def test_a_row_that_kills_its_worker_once_costs_a_retry(docs, expected, tmp_path
     done = run(docs, tmp_path / "out", task=task, display=listener)
     assert (tmp_path / "once").exists()
     assert bytes_of(tmp_path / "out") == expected
-    assert done.summary["retries"] == {"unit lost": 1}
+    assert sum(done.summary["retries"].values()) == 1
     cause = {"exit": "exit code 7", "segfault": "SIGSEGV"}[fault]
     assert cause in listener.of(UnitDied)[0].cause
-    assert any(cause in line for line in listener.said + [e.text for e in listener.events if hasattr(e, "text")])
+    assert any(cause in note.text for note in listener.of(Note))
 
 
 def test_no_worker_outlives_shutdown(docs, tmp_path):

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fanfold.data import journal
-from fanfold.errors import DataError, InputError, PieceFailed, RequestError, ResumeError, Stopped
+from fanfold.errors import DataError, FanfoldError, InputError, RequestError, ResumeError, Stopped
 from fanfold.events import Batch
 from fanfold.job import engines
 from fanfold.job import run as job_run
@@ -898,14 +898,15 @@ def test_a_lost_window_file_is_made_again(tmp_path, small):
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
-def test_a_piece_that_keeps_failing_ends_the_job_which_goes_on_once_that_is_mended(tmp_path, small):
+def test_a_model_that_does_not_load_ends_the_job_which_goes_on_once_it_does(tmp_path, small):
     small(window_rows=10)
     source = write_jsonl(tmp_path / "in.jsonl", records_of(45))
     run(source, tmp_path / "whole")
-    with pytest.raises(PieceFailed) as caught:
-        run(source, tmp_path / "out", task=poisoned([texts_of(45)[33]]))
+    with pytest.raises(Stopped):
+        run(source, tmp_path / "out", display=stop_at_batch(12), signals=True)
+    with pytest.raises(FanfoldError) as caught:
+        run(source, tmp_path / "out", task=FakeTask(load_fault="raise"))
     assert caught.value.exit_code == 1
-    assert "window 3 (rows 30-39)" in str(caught.value)
     assert "ValueError: this row is poison" in str(caught.value)
     done = run(source, tmp_path / "out")
     assert done.summary["rows_resumed"] > 0
@@ -922,6 +923,15 @@ def test_a_place_that_is_not_there_is_refused_before_a_folder_is_made(tmp_path, 
         run(source, tmp_path / "out", on=where)
     assert caught.value.exit_code == 2
     assert f"--on {where}" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", ["max_failures", "memory_per_unit"])
+def test_a_setting_that_cannot_be_read_is_refused_before_a_folder_is_made(tmp_path, setting):
+    source = write_jsonl(tmp_path / "in.jsonl", records_of(3))
+    with pytest.raises(RequestError) as caught:
+        run(source, tmp_path / "out", **{setting: "lots"})
+    assert "--" + setting.replace("_", "-") in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,9 @@
 
 Names are relative to the store's root. `put_if_absent` publishes a finished temporary file under its name;
 the first one wins, whoever comes later learns that the name is taken.
+
+What touches the disk goes through a handful of primitives (`_create`, `_flush`, `_link`, ...), so that
+`fanfold.testing.crash` can record them and rebuild every state that a crash may leave.
 """
 
 from __future__ import annotations
@@ -41,63 +44,76 @@ class PosixStore:
     # -- writing --------------------------------------------------------------------------------------
 
     def make_folders(self, names: Iterable[str]) -> None:
-        """The folders exist."""
+        """The folders exist, and so does the store's own."""
         with _storage_errors(self.root, "making the run folder"):
+            new = not self.root.exists()
+            self.root.mkdir(parents=True, exist_ok=True)
             for name in names:
-                self.path(name).mkdir(parents=True, exist_ok=True)
-            self._sync_folder(self.root)
+                self._make_folder(self.path(name))
+            self._flush(self.root)
+            if new:
+                self._flush(self.root.parent)
 
     def write_temporary(self, name: str, data: bytes | memoryview) -> None:
         """The temporary file holds the bytes, safely on the disk."""
         path = self.path(name)
-        with _storage_errors(path, f"writing {len(data):,} bytes"), path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            if self.sync:
-                os.fsync(file.fileno())
+        with _storage_errors(path, f"writing {len(data):,} bytes"):
+            self._create(path, data)
+            self._flush(path)
 
     def seal(self, name: str) -> None:
         """A file that something else has written is safely on the disk."""
-        if not self.sync:
-            return
-        path = self.path(name)
-        with _storage_errors(path, "flushing"):
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        with _storage_errors(self.path(name), "flushing"):
+            self._flush(self.path(name))
 
     def put_if_absent(self, temporary: str, name: str) -> bool:
-        """The sealed temporary file stands under its name; False where the name was taken (nothing changed)."""
+        """The sealed temporary file stands under its name; False where the name was taken (nothing changed).
+
+        Durable once `sync_folder` has returned. Where the file system has no hard links, renameat2 does it.
+        """
         source, target = self.path(temporary), self.path(name)
         with _storage_errors(target, "publishing"):
             try:
-                os.link(source, target)
+                self._link(source, target)
             except FileExistsError:
                 return False
-            os.unlink(source)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                    raise
+                try:
+                    self._rename_if_absent(source, target)
+                except FileExistsError:
+                    return False
+                return True
+            self._unlink(source)
         return True
 
     def sync_folder(self, name: str) -> None:
         """Names published in the folder survive a crash."""
         with _storage_errors(self.path(name), "flushing the folder"):
-            self._sync_folder(self.path(name))
+            self._flush(self.path(name))
 
     def replace(self, name: str, data: bytes) -> None:
         """The name holds exactly these bytes, whatever it held before; never something in between."""
         temporary = f"{name}.{uuid.uuid4().hex[:8]}.tmp"
-        self.write_temporary(temporary, data)
-        self.rename(temporary, name)
+        try:
+            self.write_temporary(temporary, data)
+            self.rename(temporary, name)
+        except StorageError:
+            try:
+                self.path(temporary).unlink(missing_ok=True)
+            except OSError:
+                pass  # the first error says what is wrong
+            raise
 
     def rename(self, old: str, new: str) -> None:
         """The file stands under the new name only; what stood there is gone."""
         with _storage_errors(self.path(new), "renaming"):
-            os.replace(self.path(old), self.path(new))
-            self._sync_folder(self.path(new).parent)
+            self._rename(self.path(old), self.path(new))
+            self._flush(self.path(new).parent)
 
     def append(self, name: str, data: bytes) -> None:
-        """The bytes stand at the end of the file, safely on the disk."""
+        """The bytes stand at the end of the file, safely on the disk; after an error none of them do."""
         path = self.path(name)
         with _storage_errors(path, f"appending {len(data):,} bytes"):
             fd = self._log_fds.get(name)
@@ -106,43 +122,51 @@ class PosixStore:
                 fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
                 self._log_fds[name] = fd
                 if new:
-                    self._sync_folder(path.parent)
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-            if self.sync:
-                os.fsync(fd)
+                    self._flush(path.parent)
+            size_bytes = os.fstat(fd).st_size
+            try:
+                self._append(fd, path, data)
+                self._flush_fd(fd, path)
+            except OSError:
+                self._cut(fd, path, size_bytes)  # half a line must never get a good one behind it
+                raise
 
     def truncate(self, name: str, size_bytes: int) -> None:
         """The file ends there: used to drop a torn last line."""
         path = self.path(name)
-        with _storage_errors(path, "truncating"), path.open("r+b") as file:
-            file.truncate(size_bytes)
-            if self.sync:
-                os.fsync(file.fileno())
+        with _storage_errors(path, "truncating"):
+            fd = os.open(path, os.O_WRONLY)
+            try:
+                self._cut(fd, path, size_bytes)
+                self._flush_fd(fd, path)
+            finally:
+                os.close(fd)
 
     def remove(self, name: str) -> None:
         """The name is gone; missing is fine."""
-        try:
-            self.path(name).unlink()
-        except FileNotFoundError:
-            pass
+        with _storage_errors(self.path(name), "removing"):
+            try:
+                self._unlink(self.path(name))
+            except FileNotFoundError:
+                pass
 
     # -- reading --------------------------------------------------------------------------------------
 
     def read(self, name: str) -> bytes | None:
         """The bytes under the name; None where there is none."""
-        try:
-            return self.path(name).read_bytes()
-        except FileNotFoundError:
-            return None
+        with _storage_errors(self.path(name), "reading"):
+            try:
+                return self.path(name).read_bytes()
+            except FileNotFoundError:
+                return None
 
     def list(self, folder: str) -> list[str]:
         """Names in the folder, sorted; empty where there is none."""
-        try:
-            return sorted(os.listdir(self.path(folder)))
-        except FileNotFoundError:
-            return []
+        with _storage_errors(self.path(folder), "listing"):
+            try:
+                return sorted(os.listdir(self.path(folder)))
+            except FileNotFoundError:
+                return []
 
     # -- one writer at a time -------------------------------------------------------------------------
 
@@ -150,22 +174,28 @@ class PosixStore:
         """This process alone writes here until `close`; ResumeError names the holder otherwise."""
         with _storage_errors(self.path(name), "locking the run folder"):
             fd = os.open(self.path(name), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(fd, 4096, 0).decode("utf-8", "replace").strip()
-            os.close(fd)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            try:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                        raise
+                    raise self._held_by(os.pread(fd, 4096, 0)) from None
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, json.dumps(holder_stamp()).encode() + b"\n", 0)
+            except BaseException:
+                os.close(fd)
                 raise
-            raise ResumeError(
-                f"writing to {self.root}",
-                found=f"another run holds it: {holder or 'holder unknown'}",
-                allowed="one run per folder at a time",
-                do="wait for that run to end, or use another output folder",
-            ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps(holder_stamp()).encode() + b"\n", 0)
         self._claim_fd = fd
+
+    def _held_by(self, stamp: bytes) -> ResumeError:
+        holder = stamp.decode("utf-8", "replace").strip()
+        return ResumeError(
+            f"writing to {self.root}",
+            found=f"another run holds it: {holder or 'holder unknown'}",
+            allowed="one run per folder at a time",
+            do="wait for that run to end, or use another output folder",
+        )
 
     def close(self) -> None:
         """Let go of the log files and of the claim."""
@@ -176,14 +206,61 @@ class PosixStore:
             os.close(self._claim_fd)
             self._claim_fd = None
 
-    def _sync_folder(self, path: Path) -> None:
+    # -- primitives: all that touches the disk --------------------------------------------------------
+
+    def _make_folder(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+
+    def _create(self, path: Path, data: bytes | memoryview) -> None:
+        with path.open("wb") as file:
+            file.write(data)
+
+    def _append(self, fd: int, path: Path, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+
+    def _cut(self, fd: int, path: Path, size_bytes: int) -> None:
+        os.ftruncate(fd, size_bytes)
+
+    def _link(self, source: Path, target: Path) -> None:
+        os.link(source, target)
+
+    def _rename(self, source: Path, target: Path) -> None:
+        os.replace(source, target)
+
+    def _rename_if_absent(self, source: Path, target: Path) -> None:
+        rename_noreplace(source, target)
+
+    def _unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def _flush(self, path: Path) -> None:
+        """A file's bytes, or a folder's names."""
         if not self.sync:
             return
         fd = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(fd)
+            self._flush_fd(fd, path)
         finally:
             os.close(fd)
+
+    def _flush_fd(self, fd: int, path: Path) -> None:
+        if self.sync:
+            os.fsync(fd)
+
+
+def rename_noreplace(source: Path, target: Path) -> None:
+    """renameat2 with RENAME_NOREPLACE (Linux 3.15): for file systems without hard links. FileExistsError if taken."""
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        raise OSError(errno.ENOTSUP, "neither hard links nor renameat2 on this file system", str(target))
+    at_cwd, no_replace = -100, 1
+    if library.renameat2(at_cwd, os.fsencode(source), at_cwd, os.fsencode(target), no_replace) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(target))
 
 
 def holder_stamp() -> dict[str, Any]:

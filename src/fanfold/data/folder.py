@@ -43,7 +43,7 @@ class Output:
 def open_run(output: Output, *, overwrite: bool, sync: bool = True) -> tuple[PosixStore, dict[str, Any] | None]:
     """The claimed store and the run.json of the job it holds, None for a new one. Touches nothing foreign."""
     folder = output.folder
-    found = _foreign(folder)
+    found = _foreign(folder, overwrite)
     if found:
         raise ResumeError(
             f"output to {output.shown}",
@@ -96,7 +96,7 @@ def write_json(store: PosixStore, name: str, value: dict[str, Any]) -> None:
     store.replace(name, json.dumps(value, indent=2, ensure_ascii=False, default=str).encode() + b"\n")
 
 
-def _foreign(folder: Path) -> list[str]:
+def _foreign(folder: Path, overwrite: bool) -> list[str]:
     """Names in the folder that no run has made; all of them where there is no run.json."""
     if not folder.exists():
         return []
@@ -107,7 +107,10 @@ def _foreign(folder: Path) -> list[str]:
     except PermissionError:
         return [f"{folder.name} (it may not be read)"]
     if RUN in names:
-        return []
+        ours = _is_ours(folder / RUN)
+        if ours is None:  # damaged: refused when it is read; replaced only in a folder that we have locked before
+            ours = not overwrite or CLAIM in names
+        return [] if ours else [f"{RUN} that Fanfold has not written"]
     # A run that was killed before run.json was written leaves only empty folders and its lock.
     return [
         name
@@ -117,9 +120,20 @@ def _foreign(folder: Path) -> list[str]:
     ]
 
 
+def _is_ours(path: Path) -> bool | None:
+    """Whether a run of Fanfold has written this run.json; None where it is damaged and cannot say."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return {"fanfold_version", "fingerprint"} <= value.keys() if isinstance(value, dict) else None
+
+
 def _clear(store: PosixStore) -> None:
     """Start anew: what a run has made is gone, _SUCCESS first; anything else stays."""
-    for name in (SUCCESS, SUMMARY, QUARANTINE, TRACE, "commits.log"):
+    store.remove(SUCCESS)
+    store.sync_folder(".")  # a crash must never leave _SUCCESS beside half a folder
+    for name in (SUMMARY, QUARANTINE, TRACE, "commits.log"):
         store.remove(name)
     for name in FOLDERS:
         shutil.rmtree(store.path(name), ignore_errors=True)

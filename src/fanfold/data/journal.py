@@ -32,7 +32,7 @@ def decode(line: bytes) -> dict[str, Any] | None:
         return None
     body = line[9:]
     try:
-        if int(line[:8], 16) != zlib.crc32(body):
+        if line[:8] != b"%08x" % zlib.crc32(body):
             return None
         entry = json.loads(body)
     except ValueError:

@@ -32,9 +32,7 @@ class Inline:
     def carry_out(self, work: Work, agenda: Agenda) -> None:
         desk = self._desk
         desk.stopping = lambda: agenda.stopping
-        desk.beat = lambda rows, tokens: agenda.tell(
-            Batch(at_s=time.monotonic(), unit=self._unit.name, rows=rows, tokens=tokens)
-        )
+        desk.beat = lambda rows, tokens: self._beat(agenda, rows, tokens)
         agenda.tell(UnitReady(at_s=time.monotonic(), unit=self._unit.name, pid=os.getpid()))
         while not agenda.done and not agenda.stopping:
             assignment = agenda.next_for(self._unit)
@@ -49,6 +47,10 @@ class Inline:
             else:
                 self._tell_spans(agenda)
                 agenda.finished([(self._unit, assignment, result)])
+
+    def _beat(self, agenda: Agenda, rows: int, tokens: int) -> None:
+        if rows:  # none: only a sign of life
+            agenda.tell(Batch(at_s=time.monotonic(), unit=self._unit.name, rows=rows, tokens=tokens))
 
     def _tell_spans(self, agenda: Agenda) -> None:
         for span in self._desk.take_spans():

@@ -232,7 +232,8 @@ class Local:
                 if seat.begun_s is not None:
                     self._slowest_s = max(self._slowest_s, time.monotonic() - seat.begun_s)
                     seat.begun_s = None
-                agenda.tell(Batch(at_s=time.monotonic(), unit=name, rows=rows, tokens=tokens))
+                if rows:  # none: only a sign of life
+                    agenda.tell(Batch(at_s=time.monotonic(), unit=name, rows=rows, tokens=tokens))
             case ("done" | "failed" as kind, outcome, spans):
                 assignment, seat.assignment = seat.assignment, None
                 assert assignment is not None

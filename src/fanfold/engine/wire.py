@@ -51,7 +51,9 @@ class Channel:
     def drain(self) -> list[Any]:
         """All whole messages that can be had without blocking; Closed once the other side is gone and all is read."""
         gone = False
-        while select.select([self.sock], [], [], 0)[0]:
+        ready = select.poll()  # select() knows descriptors up to 1023 only
+        ready.register(self.sock, select.POLLIN)
+        while ready.poll(0):
             try:
                 self._fill()
             except Closed:

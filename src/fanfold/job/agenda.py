@@ -122,6 +122,7 @@ class Totals:
     num_windows: int = 0
     rows_computed: int = 0
     rows_resumed: int = 0
+    tokens_resumed: int = 0
     rows_assembled: int = 0
     truncated: int = 0
     tokens: int = 0
@@ -231,7 +232,8 @@ class JobAgenda:
         self._ended = False
         self._stop = False
         self._feed: Feed | None = None
-        self._last_window: Window | None = None
+        self._last_window: Window | None = None  # the scan goes on behind it
+        self._skip: set[int] = set()  # windows that the log knows
         self._scanned_bytes = 0
         self.totals = Totals()
 
@@ -240,22 +242,30 @@ class JobAgenda:
     def restore(self, entries: Sequence[dict[str, Any]]) -> None:
         """Take over what an earlier run has committed."""
         costs: dict[int, tuple[int, ...]] = {}
+        known: dict[int, Window] = {}
         for entry in entries:
             match entry["kind"]:
                 case "window":
                     costs[entry["window"]] = tuple(entry["costs"])
                     self._found(window_of(entry))
+                    known[entry["window"]] = window_of(entry)
                     self._know(entry["window"], entry)
                 case "lease":
                     window = self._open[entry["window"]]
                     window.leases[entry["first"]] = (entry["last"], entry["name"], entry["sha256"])
                     self._count_lease(window, entry)
                     self.totals.rows_resumed += entry["rows"]
+                    self.totals.tokens_resumed += entry["tokens"]
                 case "part":
                     self.totals.parts[entry["part"]] = entry
                     self.totals.rows_assembled += entry["rows"]
                     for index in range(entry["first"], entry["last"] + 1):
                         del self._open[index]
+        # Units prepare windows side by side: a crash may leave a later one in the log without an earlier one.
+        while len(self._skip) in known:
+            self._last_window = known[len(self._skip)]
+            self._skip.add(len(self._skip))
+        self._skip = set(known)
         for index, window in sorted(self._open.items()):
             done = [(first, last) for first, (last, _, _) in window.leases.items()]
             self._schedule.window_known(index, costs[index], done)
@@ -415,12 +425,13 @@ class JobAgenda:
                 self._tell(InputEnded(at_s=time.monotonic(), rows=self.totals.rows_found))
             else:
                 assert isinstance(window, Window)
+                if window.index in self._skip:
+                    continue  # known from the log
                 self._found(window)
                 self._schedule.window_found(window.index)
 
     def _found(self, window: Window) -> None:
         self._open[window.index] = _OpenWindow(WindowDetail(window=window))
-        self._last_window = window
         self.totals.rows_found += window.num_rows
         self.totals.num_windows += 1
         self._scanned_bytes += sum(span.stop - span.start for span in window.spans)

@@ -42,11 +42,10 @@ def assemble_part(
 ) -> PartDone:
     """The part stands, sealed, under a temporary name."""
     temporary = f"tmp/part-{part.part:09d}-{part.attempt}-{os.getpid()}"
-    file = HashingFile(store.path(temporary))
     schema = output_schema(work)
     rows = 0
     window_sha256 = []
-    with open_sink(work.output.format, file, schema) as sink:
+    with HashingFile(store.path(temporary)) as file, open_sink(work.output.format, file, schema) as sink:
         for window in windows:
             ensure_prepared(work, opened, window.detail, store)
             digest = hashlib.sha256()
@@ -56,7 +55,6 @@ def assemble_part(
                 rows += batch.num_rows
             sink.end_window()
             window_sha256.append(digest.hexdigest())
-    file.close()
     store.seal(temporary)
     return PartDone(
         temporary=temporary,

@@ -59,7 +59,7 @@ def finish(
         "elapsed_s": round(elapsed_s, 3),
         "load_s": round(timeline.load_s(), 3),
         "rows_per_s": round(computed / elapsed_s, 2) if elapsed_s > 0 else 0.0,
-        "tokens_per_s": round(totals.tokens / elapsed_s, 1) if elapsed_s > 0 else 0.0,
+        "tokens_per_s": round((totals.tokens - totals.tokens_resumed) / elapsed_s, 1) if elapsed_s > 0 else 0.0,
         "tokens": totals.tokens,
         "padding_share": round(1 - totals.tokens / totals.padded_tokens, 4) if totals.padded_tokens else 0.0,
         "peak_pss_bytes": timeline.peak_pss_bytes,
@@ -110,10 +110,8 @@ def _empty_part(work: JobWork, store: PosixStore) -> dict[str, Any]:
     from fanfold.job.work import part_name
 
     temporary, name = "tmp/part-empty", part_name(0, work.output.format)
-    file = HashingFile(store.path(temporary))
-    with open_sink(work.output.format, file, output_schema(work)):
+    with HashingFile(store.path(temporary)) as file, open_sink(work.output.format, file, output_schema(work)):
         pass
-    file.close()
     store.seal(temporary)
     store.rename(temporary, name)
     entry = {

@@ -61,6 +61,12 @@ class HashingFile:
     def close(self) -> None:
         self._file.close()
 
+    def __enter__(self) -> HashingFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def closed(self) -> bool:
         return self._file.closed
@@ -81,8 +87,10 @@ def prepare_window(
     truncated = 0
     tag = f"{window.index:09d}-{os.getpid()}"
     kept_tmp = store.path(f"tmp/k-{tag}")
-    kept_file = HashingFile(kept_tmp)
-    with pa.ipc.new_stream(pa.PythonFile(kept_file, mode="w"), work.source.kept_schema) as kept:
+    with (
+        HashingFile(kept_tmp) as kept_file,
+        pa.ipc.new_stream(pa.PythonFile(kept_file, mode="w"), work.source.kept_schema) as kept,
+    ):
         for chunk in work.source.chunks(window):
             failures += chunk.failures
             rows = [(chunk.offset + i, text) for i, text in enumerate(chunk.texts) if text is not None]
@@ -102,7 +110,6 @@ def prepare_window(
                         row_ids.append(names.get(offset))
             kept.write_batch(chunk.kept)
             alive()
-    kept_file.close()
     lengths = [len(row) for row in ids]
     plan = cut(
         offsets,
@@ -133,8 +140,7 @@ def _too_long(offset: int, row_id: Any) -> RowFailure:
 
 
 def _write_items(path: Path, plan: Cut, rows: dict[int, tuple[np.ndarray, Any]]) -> str:
-    file = HashingFile(path)
-    with pa.ipc.new_file(pa.PythonFile(file, mode="w"), ITEMS) as writer:
+    with HashingFile(path) as file, pa.ipc.new_file(pa.PythonFile(file, mode="w"), ITEMS) as writer:
         for piece in plan.pieces:
             order = plan.order[piece[0].start : piece[-1].stop]
             batch_of = [number for number, batch in enumerate(piece) for _ in range(batch.rows)]
@@ -154,7 +160,6 @@ def _write_items(path: Path, plan: Cut, rows: dict[int, tuple[np.ndarray, Any]])
                     schema=ITEMS,
                 )
             )
-    file.close()
     return file.sha256
 
 

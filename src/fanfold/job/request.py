@@ -62,6 +62,10 @@ class Request:
                 do="choose a number",
             )
 
+    def check(self) -> None:
+        """Every quantity can be read: RequestError before anything is made."""
+        _ = self.failure_limit, self.unit_memory_bytes, self.timeout_batch_s
+
     @property
     def failure_limit(self) -> Limit | None:
         return parse_share(self.max_failures, name="--max-failures") if self.max_failures else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fanfold import __version__
 from fanfold.data import journal
-from fanfold.data.folder import RUN, SUCCESS, Output, open_run, read_json, write_json
+from fanfold.data.folder import QUARANTINE, RUN, SUCCESS, Output, open_run, read_json, write_json
 from fanfold.data.opening import open_source
 from fanfold.engine.local import Local
 from fanfold.engine.schedule import Schedule
@@ -90,6 +91,7 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
     With `signals`, SIGINT, SIGTERM and SIGHUP stop it: running batches end and are committed, then Stopped.
     """
     where = parse_where(request.on)
+    request.check()
     machine = discover()
     say = display.say if display else _nobody
     numerics = _numerics(task, where.kind)
@@ -129,7 +131,7 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
         finished = _finished(store, output)
         if finished is not None:
             say(f"already finished: {output.shown} (nothing to do; --overwrite starts anew)")
-            return Run(out=output.shown, folder=output.folder, summary=finished, plan=(stored or {}).get("plan", {}))
+            return _result(output, finished, (stored or {}).get("plan", {}), store)
         write_json(store, RUN, _run_record(plan, wanted, machine, task, request, output))
         work = JobWork(
             task=task,
@@ -201,14 +203,22 @@ def _carry_out(
         agenda.close()
         if display is not None:
             display.stop()
-    if summary["rows_in"] and not summary["rows_ok"]:
+    return _result(output, summary, plan.record(), store)
+
+
+def _result(output: Output, summary: dict[str, Any], plan: dict[str, Any], store: PosixStore) -> Run:
+    """The finished run; DataError where not one of its rows succeeded."""
+    if summary.get("rows_in") and not summary.get("rows_ok"):
+        first = (store.read(QUARANTINE) or b"{}").splitlines()[0]
+        failure = json.loads(first)
         raise DataError(
             f"the job in {output.shown}",
-            found=f"none of {summary['rows_in']:,} rows succeeded; the first: {_first_failure(agenda)}",
+            found=f"none of {summary['rows_in']:,} rows succeeded; the first: "
+            f"{failure.get('error')}: {failure.get('message')}",
             allowed="at least one row without an error",
-            do=f"look at {store.path('quarantine.jsonl')}; is --column right?",
+            do=f"look at {store.path(QUARANTINE)}; is --column right?",
         )
-    return Run(out=output.shown, folder=output.folder, summary=summary, plan=plan.record())
+    return Run(out=output.shown, folder=output.folder, summary=summary, plan=plan)
 
 
 def _run_engine(work: JobWork, plan: Plan, agenda: JobAgenda, request: Request) -> None:
@@ -304,11 +314,6 @@ def _say_plan(plan: Plan, say: Callable[[str], None]) -> None:
         say(f"{'':<9}- {reason}")
     for warning in plan.warnings:
         say(f"warning: {warning}")
-
-
-def _first_failure(agenda: JobAgenda) -> str:
-    first = min(agenda.totals.failures, key=lambda failure: failure["row"])
-    return f"{first['error']}: {first['message']}"
 
 
 @contextmanager
