@@ -412,9 +412,7 @@ def test_texts_longer_than_the_model_are_counted(tmp_path):
 
 
 def failing_input(folder, num_rows=30, failed=(POISONED,)):
-    records = [
-        {**record, "text": None} if i in failed else record for i, record in enumerate(records_of(num_rows))
-    ]
+    records = [{**record, "text": None} if i in failed else record for i, record in enumerate(records_of(num_rows))]
     return write_jsonl(folder / "in.jsonl", records)
 
 

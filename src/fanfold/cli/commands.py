@@ -44,6 +44,8 @@ def embed(
     too_long: str = "truncate",
     limit: int | None = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
+    allow_append: Annotated[bool, Parameter(negative="")] = False,
+    retry_failed: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     config: str | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
@@ -97,6 +99,10 @@ def embed(
         Only the first so many rows.
     overwrite
         Start anew.
+    allow_append
+        Go on although rows were appended to the input; only the new ones are computed.
+    retry_failed
+        Compute the failed rows of a finished job once more, all others stay.
     dry_run
         Say what would be done, and stop.
     config
@@ -133,6 +139,8 @@ def embed(
         too_long=too_long,
         limit=limit,
         overwrite=overwrite,
+        allow_append=allow_append,
+        retry_failed=retry_failed,
         dry_run=dry_run,
     )
     run = run_embed(flags, config=config, quiet=quiet, color=_color(no_color))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from fanfold.data.failures import Problem, column_list, inert, message, place, usable_id
 from fanfold.data.kept import batch_of
-from fanfold.data.parquet_reader import batches, open_parquet
+from fanfold.data.parquet_reader import batches, footer, open_parquet
 from fanfold.data.records import SpanJoiner, check_window_rows, rows_left, total_bytes
 from fanfold.data.source import RECORD_COLUMN, Chunk, Form, InputFile, RowFailure, Span, Window
 from fanfold.errors import InputError
@@ -72,6 +73,13 @@ class ParquetSource:
             for batch in self._batches(span):
                 yield self._chunk(batch, offset, span.file, at)
                 offset, at = offset + batch.num_rows, at + batch.num_rows
+
+    def digest(self, window: Window) -> str:
+        digest = hashlib.sha256()
+        for span in window.spans:
+            digest.update(footer(self.files[span.file].path))
+            digest.update(f"{span.start}-{span.stop}".encode())
+        return digest.hexdigest()
 
     def release(self, window_index: int) -> None:
         pass

@@ -121,3 +121,16 @@ class _Reader:
 
 
 _READERS: OrderedDict[_Key, _Reader] = OrderedDict()  # of this process; a window mostly follows the one before
+
+
+def footer(path: str) -> bytes:
+    """The file's footer, which says where everything is and, with its statistics, changes with the content."""
+    from fanfold.data.listing import open_binary
+
+    with open_binary(path) as handle:
+        size_bytes = handle.seek(0, 2)
+        handle.seek(max(0, size_bytes - 8))
+        tail = handle.read(8)
+        length = int.from_bytes(tail[:4], "little")
+        handle.seek(max(0, size_bytes - 8 - length))
+        return handle.read(length + 8)

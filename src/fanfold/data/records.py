@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
@@ -209,6 +210,14 @@ class LineSource:
 
     def chunks(self, window: Window) -> Iterator[Chunk]:
         return chunks_of(self._records(window), self.decoder, self.files, window)
+
+    def digest(self, window: Window) -> str:
+        digest = hashlib.sha256()
+        for span in window.spans:
+            with open_binary(self.files[span.file].path) as handle:
+                for block in self._blocks(handle, span.file, span.start, span.stop):
+                    digest.update(block)
+        return digest.hexdigest()
 
     def release(self, window_index: int) -> None:
         pass

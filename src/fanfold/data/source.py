@@ -104,5 +104,8 @@ class Source(Protocol):
     def chunks(self, window: Window) -> Iterator[Chunk]:
         """The window's rows in order, in chunks bounded in rows and bytes."""
 
+    def digest(self, window: Window) -> str:
+        """sha256 that changes whenever the window's records do: of its bytes, or of a Parquet file's footer."""
+
     def release(self, window_index: int) -> None:
         """Removes what `windows` kept on disk for this window; nothing to do where it kept nothing."""

@@ -253,6 +253,9 @@ class SpoolSource:
             )
         return chunks_of(self._records(path, window), self.decoder, self.files, window)
 
+    def digest(self, window: Window) -> str:
+        return window.sha256 or ""
+
     def release(self, window_index: int) -> None:
         spool_path(self._folder(), window_index).unlink(missing_ok=True)
 

@@ -66,10 +66,14 @@ class _Open:
 class Schedule:
     """Decides who does what. Every lease that is out belongs to exactly one unit."""
 
-    def __init__(self, *, num_units: int, windows_per_part: int = 1, look_ahead: int = 2) -> None:
+    def __init__(
+        self, *, num_units: int, windows_per_part: int = 1, look_ahead: int = 2, borders: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """`borders` are (window, part) where appended rows begin: that window begins that part, short ones before."""
         self.num_units = num_units
         self.windows_per_part = windows_per_part
         self.look_ahead = max(look_ahead, 1)
+        self._borders = [(0, 0), *borders]
         self._open: dict[int, _Open] = {}
         self._unprepared: deque[int] = deque()
         self._prepare_attempts: dict[int, int] = {}
@@ -87,13 +91,13 @@ class Schedule:
     def window_found(self, window: int) -> None:
         """A new window stands in the input."""
         self._open[window] = _Open()
-        self._parts_open.add(window // self.windows_per_part)
+        self._parts_open.add(self.part_of(window))
         self._unprepared.append(window)
 
     def window_known(self, window: int, costs: Sequence[int], done: Iterable[tuple[int, int]]) -> None:
         """A window that an earlier run has prepared; pieces first..last of each pair in `done` are committed."""
         self._open[window] = _Open()
-        self._parts_open.add(window // self.windows_per_part)
+        self._parts_open.add(self.part_of(window))
         self._set_pieces(window, costs, done)
 
     def input_ended(self, num_windows: int) -> None:
@@ -299,20 +303,30 @@ class Schedule:
     def _close(self, index: int) -> None:
         del self._open[index]
         self._computed.add(index)
-        self._check_part(index // self.windows_per_part)
+        self._check_part(self.part_of(index))
 
     def _check_part(self, part: int) -> None:
         first, last = self._windows_of(part)
-        full = last - first + 1 == self.windows_per_part or self._num_windows is not None
+        closed = any(part < border for _, border in self._borders)
+        full = last - first + 1 == self.windows_per_part or closed or self._num_windows is not None
         out = any(isinstance(o, Assemble) and o.part == part for o in self._out.values())
         if not full or out or part in self._ready_parts or first > last:
             return
         if all(window in self._computed for window in range(first, last + 1)):
             self._ready_parts.append(part)
 
+    def part_of(self, window: int) -> int:
+        """The part that the window belongs to."""
+        first_window, first_part = next(border for border in reversed(self._borders) if border[0] <= window)
+        return first_part + (window - first_window) // self.windows_per_part
+
     def _windows_of(self, part: int) -> tuple[int, int]:
-        first = part * self.windows_per_part
+        at = max(i for i, border in enumerate(self._borders) if border[1] <= part)
+        first_window, first_part = self._borders[at]
+        first = first_window + (part - first_part) * self.windows_per_part
         last = first + self.windows_per_part - 1
+        if at + 1 < len(self._borders):
+            last = min(last, self._borders[at + 1][0] - 1)
         if self._num_windows is not None:
             last = min(last, self._num_windows - 1)
         return first, last

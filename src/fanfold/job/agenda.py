@@ -6,14 +6,12 @@ attempt; then one checksummed line goes to the log. What is in the log is done, 
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fanfold.data import journal
-from fanfold.data.source import RowFailure, Span, Window
+from fanfold.data.source import Window
 from fanfold.engine.engine import Assignment
 from fanfold.engine.schedule import Assemble, Compute, Load, Prepare, Schedule
 from fanfold.errors import (
@@ -22,18 +20,21 @@ from fanfold.errors import (
     FanfoldError,
     InternalError,
     PieceFailed,
+    ResumeError,
     UnitLost,
     cause_line,
 )
 from fanfold.events import BatchBegun, Event, InputEnded, Note, WindowFound, WindowPrepared
+from fanfold.job.blame import Blame, death_of
+from fanfold.job.feed import Feed
 from fanfold.job.prepare import is_sound
+from fanfold.job.window import window_of
 from fanfold.job.work import (
     CommittedLease,
     LeaseDetail,
     LeaseDone,
     PartDone,
     PreparedWindow,
-    Trial,
     TrialDone,
     WindowDetail,
     WindowResult,
@@ -42,10 +43,9 @@ from fanfold.job.work import (
     lease_name,
     part_name,
 )
-from fanfold.split.bisect import Bisection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from fanfold.data.durable import PosixStore
     from fanfold.data.source import Source
@@ -54,54 +54,7 @@ if TYPE_CHECKING:
     from fanfold.quantity import Limit
 
 MAX_ATTEMPTS = 3
-POISON_DEATHS = 2
 MAX_DEATHS_IN_A_ROW = 24  # of any units, without one result: the machine is to blame, not a row
-
-
-class Feed:
-    """Windows of the input, looked for by a thread a little ahead of the work."""
-
-    def __init__(self, source: Source, window_rows: int, after: Window | None, ahead: int) -> None:
-        self._queue: queue.Queue[Window | BaseException | None] = queue.Queue(maxsize=ahead)
-        self._closed = False
-        self._windows = source.windows(window_rows, after)
-        self._thread = threading.Thread(target=self._scan, name="fanfold-scan", daemon=True)
-        self._thread.start()
-
-    def _scan(self) -> None:
-        last: BaseException | None = None
-        try:
-            for window in self._windows:
-                if not self._put(window):
-                    return
-        except BaseException as error:
-            last = error
-        self._put(last)
-
-    def _put(self, item: Window | BaseException | None) -> bool:
-        while not self._closed:
-            try:
-                self._queue.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def take(self) -> Iterator[Window | None]:
-        """Windows found by now; None at the input's end. Raises what the scan raised."""
-        while True:
-            try:
-                item = self._queue.get_nowait()
-            except queue.Empty:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            if item is None:
-                return
-
-    def close(self) -> None:
-        self._closed = True
 
 
 @dataclass(slots=True)
@@ -110,7 +63,8 @@ class _OpenWindow:
 
     detail: WindowDetail
     rows: tuple[int, ...] = ()  # per piece
-    leases: dict[int, tuple[int, str, str]] = field(default_factory=dict)  # first -> last, name, sha256
+    leases: dict[int, tuple[int, str | None, str | None]] = field(default_factory=dict)  # first -> last, name, sha256
+    rescued: tuple[str, str] | None = None  # name and sha256 of rows saved from an older output
     failed: set[int] = field(default_factory=set)
 
 
@@ -130,74 +84,8 @@ class Totals:
     num_leases: int = 0
     failures: list[dict[str, Any]] = field(default_factory=list)
     parts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    file: dict[str, Any] | None = None  # the one output file as last published
     retries: dict[str, int] = field(default_factory=dict)
-
-
-class Blame:
-    """Pieces that units died of, and the search for the rows that are to blame.
-
-    Two deaths in the same batch make it poison: it is never simply tried again. Its rows are tried in halves,
-    the others as fillers, a unit's death counting as "failed"; a row is to blame only if a unit died of it alone.
-    Then the batch is computed without it.
-    """
-
-    def __init__(self) -> None:
-        self._deaths: dict[tuple[int, int, int], list[tuple[str, str]]] = {}  # window, piece, batch -> causes
-        self._searches: dict[tuple[int, int], tuple[int, Bisection]] = {}  # window, piece -> batch, search
-        self.left_out: dict[tuple[int, int], dict[int, dict[int, tuple[str, str]]]] = {}
-        self._fruitless: dict[tuple[int, int, int], int] = {}
-
-    def died(self, window: int, piece: int, batch: int, num_rows: int, cause: tuple[str, str]) -> bool:
-        """A unit died of this batch. True: it is poison now, and a search for the rows has begun."""
-        causes = self._deaths.setdefault((window, piece, batch), [])
-        causes.append(cause)
-        if (window, piece) in self._searches:
-            self.tell(window, piece, passed=False)
-            return True
-        if len(causes) < POISON_DEATHS:
-            return False
-        causes.clear()
-        known = len(self.left_out.get((window, piece), {}).get(batch, {}))
-        self._searches[window, piece] = (batch, Bisection(num_rows - known, one=True))
-        causes.append(cause)
-        return True
-
-    def trial(self, window: int, piece: int) -> Trial | None:
-        """What to try next of a piece that is searched; None where it is computed as it is."""
-        search = self._searches.get((window, piece))
-        if search is None:
-            return None
-        batch, bisection = search
-        tried = bisection.next()
-        if tried is None:
-            self._conclude(window, piece, batch, bisection)
-            return None
-        return Trial(batch=batch, rows=tuple(self._places(window, piece, batch, bisection)[i] for i in tried))
-
-    def tell(self, window: int, piece: int, *, passed: bool) -> None:
-        """How the last trial of the piece went."""
-        _, bisection = self._searches[window, piece]
-        bisection.tell(passed)
-
-    def fruitless(self, window: int, piece: int, batch: int) -> int:
-        """How many searches of this batch found no culprit."""
-        return self._fruitless.get((window, piece, batch), 0)
-
-    def _places(self, window: int, piece: int, batch: int, bisection: Bisection) -> list[int]:
-        known = self.left_out.get((window, piece), {}).get(batch, {})
-        return [row for row in range(bisection.num_rows + len(known)) if row not in known]
-
-    def _conclude(self, window: int, piece: int, batch: int, bisection: Bisection) -> None:
-        places = self._places(window, piece, batch, bisection)
-        cause = self._deaths.pop((window, piece, batch))[-1]
-        del self._searches[window, piece]
-        if not bisection.bad:
-            key = (window, piece, batch)
-            self._fruitless[key] = self._fruitless.get(key, 0) + 1
-            return
-        found = self.left_out.setdefault((window, piece), {}).setdefault(batch, {})
-        for i in bisection.bad:
-            found[places[i]] = cause
 
 
 class JobAgenda:
@@ -210,7 +98,6 @@ class JobAgenda:
         store: PosixStore,
         schedule: Schedule,
         suffix: str,
-        windows_per_part: int,
         on_error: str = "quarantine",
         max_failures: Limit | None = None,
         tell: Callable[[Event], None] = lambda event: None,
@@ -219,7 +106,6 @@ class JobAgenda:
         self._store = store
         self._schedule = schedule
         self._suffix = suffix
-        self._windows_per_part = windows_per_part
         self._on_error = on_error
         self._max_failures = max_failures
         self._tell = tell
@@ -233,41 +119,50 @@ class JobAgenda:
         self._stop = False
         self._feed: Feed | None = None
         self._last_window: Window | None = None  # the scan goes on behind it
-        self._skip: set[int] = set()  # windows that the log knows
+        self._known: dict[int, Window] = {}  # windows that the log knows
+        self._generation: dict[int, int] = {}  # part -> how often it was opened again
         self._scanned_bytes = 0
         self.totals = Totals()
 
     # -- starting and resuming ------------------------------------------------------------------------
 
     def restore(self, entries: Sequence[dict[str, Any]]) -> None:
-        """Take over what an earlier run has committed."""
+        """Take over what earlier runs have committed: entries as `job.log.settle` leaves them."""
         costs: dict[int, tuple[int, ...]] = {}
-        known: dict[int, Window] = {}
         for entry in entries:
             match entry["kind"]:
                 case "window":
-                    costs[entry["window"]] = tuple(entry["costs"])
-                    self._found(window_of(entry))
-                    known[entry["window"]] = window_of(entry)
-                    self._know(entry["window"], entry)
+                    window = window_of(entry)
+                    costs[window.index] = tuple(entry["costs"])
+                    self._known[window.index] = window
+                    self._found(window)
+                    self._know(window.index, entry)
                 case "lease":
-                    window = self._open[entry["window"]]
-                    window.leases[entry["first"]] = (entry["last"], entry["name"], entry["sha256"])
-                    self._count_lease(window, entry)
+                    lease = self._open[entry["window"]]
+                    lease.leases[entry["first"]] = (entry["last"], entry["name"], entry["sha256"])
+                    self._count_lease(lease, entry)
                     self.totals.rows_resumed += entry["rows"]
                     self.totals.tokens_resumed += entry["tokens"]
+                case "rescue":
+                    self._open[entry["window"]].rescued = (entry["name"], entry["sha256"])
                 case "part":
                     self.totals.parts[entry["part"]] = entry
                     self.totals.rows_assembled += entry["rows"]
                     for index in range(entry["first"], entry["last"] + 1):
                         del self._open[index]
+                case "file":
+                    self.totals.file = entry
+                case "reopen":
+                    self._generation[entry["part"]] = entry["generation"]
         # Units prepare windows side by side: a crash may leave a later one in the log without an earlier one.
-        while len(self._skip) in known:
-            self._last_window = known[len(self._skip)]
-            self._skip.add(len(self._skip))
-        self._skip = set(known)
-        for index, window in sorted(self._open.items()):
-            done = [(first, last) for first, (last, _, _) in window.leases.items()]
+        index = 0
+        while index in self._known:
+            self._last_window = self._known[index]
+            index += 1
+        if self._last_window is not None and self._last_window.sha256 is not None:
+            self._last_window = None  # a stream is looked at from its beginning, and compared
+        for index, open_window in sorted(self._open.items()):
+            done = [(first, last) for first, (last, _, _) in open_window.leases.items()]
             self._schedule.window_known(index, costs[index], done)
 
     def start(self, window_rows: int, ahead: int) -> None:
@@ -425,10 +320,24 @@ class JobAgenda:
                 self._tell(InputEnded(at_s=time.monotonic(), rows=self.totals.rows_found))
             else:
                 assert isinstance(window, Window)
-                if window.index in self._skip:
-                    continue  # known from the log
+                if window.index in self._known:
+                    self._check_known(window)
+                    continue
                 self._found(window)
                 self._schedule.window_found(window.index)
+
+    def _check_known(self, window: Window) -> None:
+        """A window that the log knows was looked at again."""
+        known = self._known[window.index]
+        if (known.num_rows, known.sha256) != (window.num_rows, window.sha256):
+            raise ResumeError(
+                f"going on with the input behind row {window.first_row - 1}",
+                found=f"window {window.index} is not what it was when the job was started",
+                allowed="the same rows as before, from the first one on",
+                do="give it the same input, or start anew with --overwrite",
+            )
+        if window.index not in self._open:
+            self._source.release(window.index)
 
     def _found(self, window: Window) -> None:
         self._open[window.index] = _OpenWindow(WindowDetail(window=window))
@@ -452,6 +361,7 @@ class JobAgenda:
             "rows": list(result.rows),
             "tokens": result.tokens,
             "truncated": result.truncated,
+            "source_sha256": result.source_sha256,
             "items_sha256": result.items_sha256,
             "kept_sha256": result.kept_sha256,
             "failed": [asdict(failure) for failure in result.failures],
@@ -508,7 +418,8 @@ class JobAgenda:
         self._note_failures(window, entry["failed"])
 
     def _publish_part(self, part: Assemble, result: PartDone) -> dict[str, Any]:
-        name = part_name(part.part, self._suffix)
+        generation = self._generation.get(part.part, 0)
+        name = part_name(part.part, self._suffix, generation)
         self._publish(result.temporary, name, result.sha256)
         entry = {
             "kind": "part",
@@ -539,18 +450,25 @@ class JobAgenda:
         self._store.remove(temporary)
 
     def _clean_up(self, entry: dict[str, Any]) -> None:
-        """The part is logged: what it was made of may go."""
+        """The part is logged: what it was made of may go, and so may the part that it replaces."""
+        for generation in range(self._generation.get(entry["part"], 0)):
+            self._store.remove(part_name(entry["part"], self._suffix, generation))
         for index in range(entry["first"], entry["last"] + 1):
             window = self._open.pop(index)
             for _, name, _ in window.leases.values():
-                self._store.remove(name)
+                if name is not None:
+                    self._store.remove(name)
+            if window.rescued is not None:
+                self._store.remove(window.rescued[0])
             self._store.remove(items_name(index))
             self._store.remove(kept_name(index))
             self._source.release(index)
 
     def _result(self, index: int) -> WindowResult:
         window = self._open[index]
-        leases = [CommittedLease(name=name, sha256=sha256) for _, (_, name, sha256) in sorted(window.leases.items())]
+        files = [window.rescued] if window.rescued else []
+        files += [(name, sha256) for _, (_, name, sha256) in sorted(window.leases.items()) if name and sha256]
+        leases = [CommittedLease(name=name, sha256=sha256) for name, sha256 in files]
         return WindowResult(detail=window.detail, leases=tuple(leases), failed=frozenset(window.failed))
 
     def _note_failures(self, window: _OpenWindow, failures: list[dict[str, Any]]) -> None:
@@ -622,16 +540,6 @@ class JobAgenda:
         ) from failure.error
 
 
-def death_of(cause: str) -> tuple[str, str]:
-    """What a unit died of, from the engine's words: (class, one line)."""
-    line = cause.splitlines()[0]
-    classes = {"SIGSEGV": "Segfault", "SIGBUS": "Segfault", "out of memory": "OutOfMemory", "no sign of life": "Hang"}
-    for word, error in classes.items():
-        if word in line:
-            return error, line
-    return "UnitLost", line
-
-
 def _shown(instruction: Any, windows: dict[int, _OpenWindow]) -> str:
     match instruction:
         case Compute():
@@ -643,19 +551,3 @@ def _shown(instruction: Any, windows: dict[int, _OpenWindow]) -> str:
         case Assemble():
             return f"assembling part {instruction.part}"
     return str(instruction)
-
-
-def window_of(entry: dict[str, Any]) -> Window:
-    names = ("file", "start", "stop", "rows", "first_line")
-    return Window(
-        index=entry["window"],
-        first_row=entry["first_row"],
-        num_rows=entry["num_rows"],
-        spans=tuple(Span(**dict(zip(names, span, strict=True))) for span in entry["spans"]),
-        sha256=entry["sha256"],
-    )
-
-
-def failures_of(entries: Sequence[dict[str, Any]]) -> list[RowFailure]:
-    """Every failure that the log holds."""
-    return [RowFailure(**failure) for entry in entries for failure in entry.get("failed", ())]

@@ -37,6 +37,8 @@ class EmbedFlags:
     too_long: str = "truncate"
     limit: int | None = None
     overwrite: bool = False
+    allow_append: bool = False
+    retry_failed: bool = False
     dry_run: bool = False
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
 from fanfold.data import journal
-from fanfold.data.folder import QUARANTINE, RUN, SUCCESS, SUMMARY, TRACE, write_json
-from fanfold.errors import InternalError
+from fanfold.data.folder import QUARANTINE, SUCCESS, SUMMARY, TRACE, write_json
+from fanfold.errors import InternalError, StorageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,9 +43,7 @@ def finish(
         parts = [_empty_part(work, store)]
     file_sha256 = None
     if output.file is not None:
-        _publish_file(work, store, output.file, parts)
-        with output.file.open("rb") as file:
-            file_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file_sha256 = _publish_file(work, store, output.file, parts, totals.file)
     elapsed_s = time.monotonic() - timeline.start_s
     computed = totals.rows_computed - totals.rows_resumed
     idle_share = timeline.idle_share()
@@ -129,32 +126,53 @@ def _empty_part(work: JobWork, store: PosixStore) -> dict[str, Any]:
     return entry
 
 
-def _publish_file(work: JobWork, store: PosixStore, target: Path, parts: list[dict[str, Any]]) -> None:
-    """All parts as one file, built beside the run folder's data and put in place by one rename."""
-    temporary = store.path("tmp/output")
-    names = [store.path(part["name"]) for part in parts]
-    if not all(name.exists() for name in names):
-        if target.exists():
-            return  # published by an earlier run that died before _SUCCESS
-        missing = next(name for name in names if not name.exists())
-        raise InternalError(
-            f"publishing {target}",
-            found=f"{missing} is gone",
-            allowed="every part",
-            do="start anew with --overwrite",
-        )
-    temporary.parent.mkdir(exist_ok=True)
-    if len(names) == 1:
-        temporary.unlink(missing_ok=True)
-        os.link(names[0], temporary)
-    elif work.output.format == "parquet":
-        _join_parquet(names, temporary)
+def _publish_file(
+    work: JobWork, store: PosixStore, target: Path, parts: list[dict[str, Any]], before: dict[str, Any] | None
+) -> str:
+    """All parts as one file, built beside the run folder's data and put in place by one rename. Its sha256.
+
+    The log knows the file's hash before it is renamed, so that a run that died in between can tell. Parts that
+    an earlier file holds already (appended input) are taken from there.
+    """
+    wanted = [[part["part"], part["sha256"]] for part in parts]
+    current = _sha256(target) if target.exists() and before is not None else None
+    if before is not None and current == before["sha256"] and before["parts"] == wanted:
+        sha256 = str(current)
     else:
-        _join_lines(names, temporary, has_header=work.output.format == "csv")
-    store.seal("tmp/output")
-    store.rename("tmp/output", str(target))
-    for name in names:
-        name.unlink()
+        names = [store.path(part["name"]) for part in parts]
+        missing = [name for name in names if not name.exists()]
+        if missing:
+            held = len(missing)
+            known = before is not None and before["parts"] == wanted[:held] and current == before["sha256"]
+            if not known or missing != names[:held]:
+                raise StorageError(
+                    f"publishing {target}",
+                    found=f"{missing[0]} is gone, and {target} is not what was published before",
+                    allowed="parts and output as the run has written them",
+                    do="start anew with --overwrite",
+                )
+            names = [target, *names[held:]]
+        temporary = store.path("tmp/output")
+        temporary.parent.mkdir(exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        if len(names) == 1:
+            shutil.copyfile(names[0], temporary)
+        elif work.output.format == "parquet":
+            _join_parquet(names, temporary)
+        else:
+            _join_lines(names, temporary, has_header=work.output.format == "csv")
+        store.seal("tmp/output")
+        sha256 = _sha256(temporary)
+        journal.append(store, [{"kind": "file", "parts": wanted, "sha256": sha256}])
+        store.rename("tmp/output", str(target))
+    for part in parts:
+        store.remove(part["name"])
+    return sha256
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _join_parquet(names: list[Path], target: Path) -> None:
@@ -207,7 +225,3 @@ def read_output(out: Path) -> Any:
     import pyarrow.json
 
     return pyarrow.json.read_json(out)
-
-
-def run_json(store: PosixStore) -> Path:
-    return store.path(RUN)

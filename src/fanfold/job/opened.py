@@ -10,6 +10,7 @@ from fanfold.data import journal
 from fanfold.data.durable import PosixStore
 from fanfold.data.folder import RUN, Output, read_json
 from fanfold.errors import InputError
+from fanfold.job.log import settle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,4 +58,4 @@ def open_existing(out: str | Path) -> OpenedRun:
             allowed="a folder or file that a run of Fanfold has written",
             do="check the path",
         )
-    return OpenedRun(output=output, store=store, run=run, entries=journal.load(store, repair=False))
+    return OpenedRun(output=output, store=store, run=run, entries=settle(journal.load(store, repair=False)))

@@ -128,6 +128,7 @@ def prepare_window(
         tokens=sum(lengths),
         truncated=truncated,
         failures=tuple(failures),
+        source_sha256=work.source.digest(window),
         items_sha256=items_sha256,
         kept_sha256=kept_file.sha256,
     )

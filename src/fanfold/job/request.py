@@ -35,6 +35,8 @@ class Request:
     limit: int | None = None
     prefix: str = ""
     overwrite: bool = False
+    allow_append: bool = False
+    retry_failed: bool = False
     dry_run: bool = False
     sync: bool = True  # False only for folders that die with the process
     stdin: Any = field(default=None)

@@ -23,6 +23,8 @@ from fanfold.job import engines
 from fanfold.job.agenda import JobAgenda
 from fanfold.job.fingerprint import check_same, fingerprint
 from fanfold.job.finish import finish
+from fanfold.job.log import borders, settle
+from fanfold.job.reopen import accept_inputs, reopen_failed
 from fanfold.job.work import JobWork, OutputRules
 from fanfold.machine.discover import discover
 from fanfold.machine.threads import held_threads
@@ -126,13 +128,20 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
             format_name=output.format,
             machine=machine,
         )
+        entries = journal.load(store)
+        schema = str(source.kept_schema)
         if stored is not None:
-            check_same(stored.get("fingerprint", {}), wanted, str(output.shown))
+            stored, appended = accept_inputs(source, store, stored, wanted, entries, append=request.allow_append)
+            if appended:
+                entries = journal.load(store)
+            check_same(stored["fingerprint"], wanted, str(output.shown))
+            check_same({"kept columns": stored.get("kept_schema")}, {"kept columns": schema}, str(output.shown))
         finished = _finished(store, output)
-        if finished is not None:
+        if finished is not None and not (request.retry_failed and finished.get("rows_failed")):
             say(f"already finished: {output.shown} (nothing to do; --overwrite starts anew)")
             return _result(output, finished, (stored or {}).get("plan", {}), store)
-        write_json(store, RUN, _run_record(plan, wanted, machine, task, request, output))
+        record = _run_record(plan, wanted, machine, task, request, output)
+        write_json(store, RUN, {**record, "kept_schema": schema})
         work = JobWork(
             task=task,
             source=source,
@@ -146,7 +155,13 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
             folder=store.root,
             sync=request.sync,
         )
-        return _carry_out(work, plan, request, store, output, display, signals=signals)
+        if finished is not None:
+            again = reopen_failed(work, store, output, entries)
+            say(f"trying {again:,} failed row(s) once more" if again else "no failed row would fare better this time")
+            if not again:
+                return _result(output, finished, plan.record(), store)
+            entries = journal.load(store)
+        return _carry_out(work, plan, request, store, output, entries, display, signals=signals)
     finally:
         store.close()
 
@@ -157,6 +172,7 @@ def _carry_out(
     request: Request,
     store: PosixStore,
     output: Output,
+    entries: list[dict[str, Any]],
     display: Display | None,
     *,
     signals: bool,
@@ -170,17 +186,17 @@ def _carry_out(
 
     numerics = work.numerics
     num_units = len(plan.units)
+    settled = settle(entries)
     agenda = JobAgenda(
         source=work.source,
         store=store,
-        schedule=Schedule(num_units=num_units, windows_per_part=numerics.windows_per_part),
+        schedule=Schedule(num_units=num_units, windows_per_part=numerics.windows_per_part, borders=borders(settled)),
         suffix=work.output.format,
-        windows_per_part=numerics.windows_per_part,
         on_error=request.on_error,
         max_failures=request.failure_limit,
         tell=tell,
     )
-    agenda.restore(journal.load(store))
+    agenda.restore(settled)
     resumed = agenda.totals.rows_resumed
     if display is not None:
         if resumed:

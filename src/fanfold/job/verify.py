@@ -20,13 +20,13 @@ from fanfold.data.folder import SUCCESS
 from fanfold.data.opening import open_source
 from fanfold.engine.engine import Desk
 from fanfold.errors import DifferenceFound, ResumeError
-from fanfold.job.agenda import window_of
 from fanfold.job.compute import batches_of, compute_rows
 from fanfold.job.fingerprint import check_same, fingerprint
 from fanfold.job.finish import output_sha256
 from fanfold.job.opened import OpenedRun, open_existing
 from fanfold.job.prepare import prepare_window
 from fanfold.job.request import Request
+from fanfold.job.window import window_of
 from fanfold.job.work import JobWork, OutputRules, items_name
 from fanfold.machine.discover import discover
 from fanfold.machine.threads import held_threads

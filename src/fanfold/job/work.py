@@ -42,6 +42,7 @@ class PreparedWindow:
     tokens: int
     truncated: int
     failures: tuple[RowFailure, ...]
+    source_sha256: str
     items_sha256: str
     kept_sha256: str
 
@@ -197,5 +198,10 @@ def lease_name(window: int, first: int, last: int) -> str:
     return f"pieces/w-{window:09d}-p-{first:06d}-{last:06d}.arrow"
 
 
-def part_name(part: int, suffix: str) -> str:
-    return f"data/part-{part:09d}.{suffix}"
+def part_name(part: int, suffix: str, generation: int = 0) -> str:
+    again = f".g{generation}" if generation else ""
+    return f"data/part-{part:09d}{again}.{suffix}"
+
+
+def rescue_name(window: int, generation: int) -> str:
+    return f"pieces/w-{window:09d}-g{generation}.arrow"
