@@ -71,9 +71,7 @@ _OFFSET = {**_USUAL, "max_position_embeddings": POSITIONS + 2, "pad_token_id": 1
 
 FAMILIES = {
     "bert": Family(config="BertConfig", settings=_USUAL, **_BERT),
-    "roberta": Family(
-        config="RobertaConfig", settings={**_OFFSET, "type_vocab_size": 1}, tokens="bpe", **_ROBERTA
-    ),
+    "roberta": Family(config="RobertaConfig", settings={**_OFFSET, "type_vocab_size": 1}, tokens="bpe", **_ROBERTA),
     "distilbert": Family(
         config="DistilBertConfig",
         settings={"dim": WIDTH, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "max_position_embeddings": POSITIONS},

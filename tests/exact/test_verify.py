@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -137,12 +138,16 @@ def test_a_row_that_is_gone_is_found_even_where_the_checksums_agree(job):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_one_changed_digit_of_a_text_output_is_found(name, job):
     out = job(name)
-    lines = out.read_text().splitlines(keepends=True)
-    number = CHANGED + (name == "a.csv")
-    place = lines[number].rindex("]") - 1
-    digit = lines[number][place]
-    lines[number] = lines[number][:place] + str((int(digit) + 5) % 10) + lines[number][place + 1 :]
-    out.write_text("".join(lines))
+    whole = out.read_bytes().decode()
+    if name == "a.csv":
+        cell = list(csv.DictReader(whole.splitlines(keepends=True)))[CHANGED]["embedding"]
+    else:
+        line = whole.splitlines()[CHANGED]
+        cell = line[line.index('"embedding"') :]
+    place = cell.rindex("]") - 1
+    changed = cell[:place] + str((int(cell[place]) + 5) % 10) + cell[place + 1 :]
+    assert whole.count(cell) == 1
+    out.write_bytes(whole.replace(cell, changed).encode())
     with pytest.raises(DifferenceFound, match=out.name):
         ff.verify(out)
     forge_sums(out)

@@ -87,11 +87,22 @@ def test_an_empty_folder_is_taken(tmp_path):
 
 
 def test_the_job_of_an_earlier_run_is_given(tmp_path):
-    before = snapshot(made(tmp_path / "out"))
+    made(tmp_path / "out")
+    before = snapshot(tmp_path / "out")
     assert opened(tmp_path / "out") == OURS
     after = snapshot(tmp_path / "out")
-    assert before.keys() == after.keys()
-    assert [name for name in before if name != CLAIM and before[name] != after[name]] == []
+    assert before.keys() - after.keys() == {"tmp/x"}  # of a run that has died
+    assert after.keys() <= before.keys()
+    assert [name for name in after if name not in (CLAIM, "tmp") and before[name] != after[name]] == []
+
+
+def test_a_folder_that_is_held_keeps_its_temporary_files(tmp_path):
+    store, _ = open_run(Output(tmp_path / "out"), overwrite=False)
+    store.write_temporary("tmp/at-work", b"x")
+    with pytest.raises(ResumeError):
+        opened(tmp_path / "out")
+    assert store.list("tmp") == ["at-work"]
+    store.close()
 
 
 def test_a_run_folder_is_held_by_one_run(tmp_path):

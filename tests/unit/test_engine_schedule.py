@@ -35,7 +35,7 @@ def test_the_first_leases_are_one_piece_each():
     assert [schedule.next_for(f"u{i}") for i in range(3)] == [Compute(0, i, i, 1) for i in range(3)]
 
 
-def test_a_lease_is_about_two_seconds_of_the_measured_rate():
+def test_a_lease_takes_about_as_long_as_it_should_at_the_measured_rate():
     costs = [10] * 10_000
     schedule = prepared(costs)
     finish(schedule, "u0", schedule.next_for("u0"), s_per_cost=0.01, costs=costs)
@@ -335,6 +335,70 @@ def test_an_input_that_ends_during_an_assembly_does_not_assemble_again():
     assert not schedule.busy
 
 
+# -- appended rows: a border closes the part before it -----------------------------------------------------
+
+
+def test_a_border_begins_a_new_part_and_leaves_a_short_one_before():
+    schedule = Schedule(num_units=1, windows_per_part=3, borders=[(4, 2), (5, 3)])
+    assert [schedule.part_of(window) for window in range(10)] == [0, 0, 0, 1, 2, 3, 3, 3, 4, 4]
+
+
+def test_a_short_part_before_a_border_does_not_wait_for_the_end_of_the_input():
+    schedule = Schedule(num_units=1, windows_per_part=3, borders=[(1, 1)])
+    schedule.window_found(0)
+    run_window(schedule, 0)
+    assert schedule.next_for("u0") == Assemble(0, 0, 0, 1)
+    assert schedule.assembled("u0", Assemble(0, 0, 0, 1))
+    schedule.window_found(1)
+    run_window(schedule, 1)
+    assert schedule.next_for("u0") is None
+    schedule.input_ended(2)
+    assert schedule.next_for("u0") == Assemble(1, 1, 1, 1)
+
+
+# -- suspects and damage ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("piece", [0, 4, 9])
+def test_a_suspected_piece_is_leased_alone(piece):
+    costs = [1] * 10
+    schedule = prepared(costs, num_units=1)
+    schedule._seconds_per_cost = 1e-9
+    schedule.isolate(0, piece)
+    schedule.validate_state()
+    leases = []
+    while isinstance(out := schedule.next_for("u0"), Compute):
+        leases.append((out.first, out.last))
+        schedule.computed("u0", out, out.last, 1e-9)
+    assert (piece, piece) in leases
+    assert [i for first, last in leases for i in range(first, last + 1)] == list(range(10))
+
+
+def test_a_piece_that_is_not_in_line_cannot_be_isolated():
+    schedule = prepared([1, 1])
+    schedule.next_for("u0")
+    with pytest.raises(InternalError) as refused:
+        schedule.isolate(0, 0)
+    assert refused.value.found == "window 0: piece 0 is not in line"
+
+
+def test_a_damaged_window_is_computed_again_where_it_is_damaged():
+    schedule = prepared([1, 1, 1])
+    for _ in range(3):
+        lease = schedule.next_for("u0")
+        schedule.computed("u0", lease, lease.last, 1e9)
+    assert schedule.next_for("u0") == Assemble(0, 0, 0, 1)
+    schedule.damaged("u0", 0, [1, 1, 1], [(0, 0), (2, 2)])
+    schedule.validate_state()
+    assert not schedule.done
+    lease = schedule.next_for("u0")
+    assert (lease.window, lease.first, lease.last) == (0, 1, 1)
+    assert schedule.computed("u0", lease, 1, 1.0)
+    assert schedule.next_for("u0") == Assemble(0, 0, 0, 2)
+    assert schedule.assembled("u0", Assemble(0, 0, 0, 2))
+    assert schedule.done
+
+
 # -- looking ahead ----------------------------------------------------------------------------------------
 
 
@@ -417,13 +481,16 @@ def test_validate_state_finds_a_wrong_cost():
 class Simulation:
     """Units that finish, stop early, die and come back late, by a seeded random; commits are counted."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, *, damages=False):
         self.rng = rng = random.Random(seed)
         self.num_units = rng.randint(1, 24)
         self.windows = [[rng.randint(1, 50) for _ in range(rng.randint(0, 40))] for _ in range(rng.randint(0, 12))]
-        self.windows_per_part = rng.randint(1, 4)
+        per_part = rng.randint(1, 4)
+        border = rng.randint(1, 12)  # rows of an earlier run end here; a short part may stand before it
+        borders = [(border, -(-border // per_part))] if border < len(self.windows) and rng.random() < 0.5 else []
+        self.damages = damages
         self.schedule = Schedule(
-            num_units=self.num_units, windows_per_part=self.windows_per_part, look_ahead=rng.randint(1, 4)
+            num_units=self.num_units, windows_per_part=per_part, look_ahead=rng.randint(1, 4), borders=borders
         )
         self.committed = Counter()
         self.parts = Counter()
@@ -470,12 +537,36 @@ class Simulation:
                     self.committed.update((out.window, piece) for piece in range(out.first, last + 1))
                 return accepted
             case Assemble():
+                if self.damages and self.rng.random() < 0.3:
+                    return self.damage(unit, out)
                 for window in range(out.first, out.last + 1):
                     assert all((window, piece) in self.committed for piece in range(len(self.windows[window])))
                 accepted = self.schedule.assembled(unit, out)
                 self.parts[out.part] += accepted
                 return accepted
         raise AssertionError(out)
+
+    def damage(self, unit, out):
+        """Files of a window's pieces are found damaged while its part is assembled."""
+        window = self.rng.randint(out.first, out.last)
+        good = [piece for piece in range(len(self.windows[window])) if self.rng.random() < 0.6]
+        for piece in range(len(self.windows[window])):
+            if piece not in good:
+                del self.committed[window, piece]
+        self.schedule.damaged(unit, window, self.windows[window], [(piece, piece) for piece in good])
+        return True
+
+    def suspect(self):
+        """A piece that is in line is leased alone from now on."""
+        in_line = [
+            (index, piece)
+            for index, window in self.schedule._open.items()
+            for start, stop in window.todo
+            for piece in range(start, stop)
+        ]
+        if in_line:
+            self.schedule.isolate(*self.rng.choice(in_line))
+            self.schedule.validate_state()
 
     def run(self):
         busy = {}
@@ -490,7 +581,7 @@ class Simulation:
                     self.schedule.validate_state()
             if self.late and self.rng.random() < 0.3:
                 unit, out = self.late.pop()
-                if unit not in busy or busy[unit] != out:
+                if busy.get(unit) != out and not (self.damages and isinstance(out, Assemble)):
                     assert not self.deliver(unit, out), f"{out} of {unit} was taken twice"
                     self.schedule.validate_state()
             if busy:
@@ -499,6 +590,7 @@ class Simulation:
                 if self.rng.random() < 0.25:
                     assert self.schedule.gave_up(unit) == out
                     self.late.append((unit, out))
+                    self.suspect()
                 else:
                     self.deliver(unit, out)
                 self.schedule.validate_state()
@@ -507,14 +599,14 @@ class Simulation:
         raise AssertionError("the simulation does not end")
 
 
+@pytest.mark.parametrize("damages", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_losses_stops_and_twins_commit_every_piece_exactly_once(seed):
-    simulation = Simulation(seed)
+def test_losses_stops_twins_and_damage_commit_every_piece_exactly_once(seed, damages):
+    simulation = Simulation(seed, damages=damages)
     simulation.run()
     pieces = [(window, piece) for window, costs in enumerate(simulation.windows) for piece in range(len(costs))]
     assert simulation.committed == Counter(pieces)
-    num_parts = -(-len(simulation.windows) // simulation.windows_per_part)
-    assert simulation.parts == Counter(range(num_parts))
+    assert simulation.parts == Counter({simulation.schedule.part_of(w) for w in range(len(simulation.windows))})
     assert not simulation.schedule.busy
 
 

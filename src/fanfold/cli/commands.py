@@ -10,6 +10,8 @@ from cyclopts import App, Parameter
 
 from fanfold import __version__
 
+DASH = "\0-"  # a bare "-" on its way through the parser
+
 app = App(
     name="fanfold",
     help="Run a model over a whole dataset on every core, with the result that one core would give.",
@@ -119,8 +121,8 @@ def embed(
     from fanfold.job.command import EmbedFlags, run_embed
 
     flags = EmbedFlags(
-        inputs=inputs,
-        out=out,
+        inputs=tuple("-" if name == DASH else name for name in inputs),
+        out="-" if out == DASH else out,
         model=model,
         column=column,
         on=on,

@@ -67,8 +67,10 @@ def run(arguments: list[str]) -> int:
 def _command(arguments: list[str]) -> int:
     from cyclopts import CycloptsError
 
-    from fanfold.cli.commands import app
+    from fanfold.cli.commands import DASH, app
 
+    # cyclopts takes a bare "-" for an option; it is a value here: stdin or stdout.
+    arguments = [DASH if argument == "-" else argument for argument in arguments]
     try:
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:

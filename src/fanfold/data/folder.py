@@ -66,6 +66,8 @@ def open_run(output: Output, *, overwrite: bool, sync: bool = True) -> tuple[Pos
         if overwrite:
             _clear(store)
         store.make_folders(FOLDERS)
+        for name in store.list("tmp"):  # of runs that have died; the folder is ours alone now
+            store.remove(f"tmp/{name}")
         return store, read_json(store, RUN)
     except BaseException:
         store.close()

@@ -142,6 +142,13 @@ class Schedule:
         self._computed.difference_update(range(done.first, done.last + 1))
         return True
 
+    def damaged(self, unit: str, window: int, costs: Sequence[int], done: Iterable[tuple[int, int]]) -> None:
+        """The unit could not assemble: of this window only the pieces in `done` are there after all."""
+        self._out.pop(unit, None)
+        self._computed.discard(window)
+        self._open[window] = _Open()
+        self._set_pieces(window, costs, done)
+
     def isolate(self, window: int, piece: int) -> None:
         """The piece, which is in line, becomes a lease of its own from now on: it is suspected of killing units."""
         todo = self._open[window].todo

@@ -21,6 +21,7 @@ from fanfold.errors import (
     InternalError,
     PieceFailed,
     ResumeError,
+    StorageError,
     UnitLost,
     cause_line,
 )
@@ -31,6 +32,7 @@ from fanfold.job.prepare import is_sound
 from fanfold.job.window import window_of
 from fanfold.job.work import (
     CommittedLease,
+    Damaged,
     LeaseDetail,
     LeaseDone,
     PartDone,
@@ -63,6 +65,7 @@ class _OpenWindow:
 
     detail: WindowDetail
     rows: tuple[int, ...] = ()  # per piece
+    costs: tuple[int, ...] = ()  # per piece
     leases: dict[int, tuple[int, str | None, str | None]] = field(default_factory=dict)  # first -> last, name, sha256
     rescued: tuple[str, str] | None = None  # name and sha256 of rows saved from an older output
     failed: set[int] = field(default_factory=set)
@@ -128,12 +131,10 @@ class JobAgenda:
 
     def restore(self, entries: Sequence[dict[str, Any]]) -> None:
         """Take over what earlier runs have committed: entries as `job.log.settle` leaves them."""
-        costs: dict[int, tuple[int, ...]] = {}
         for entry in entries:
             match entry["kind"]:
                 case "window":
                     window = window_of(entry)
-                    costs[window.index] = tuple(entry["costs"])
                     self._known[window.index] = window
                     self._found(window)
                     self._know(window.index, entry)
@@ -163,7 +164,7 @@ class JobAgenda:
             self._last_window = None  # a stream is looked at from its beginning, and compared
         for index, open_window in sorted(self._open.items()):
             done = [(first, last) for first, (last, _, _) in open_window.leases.items()]
-            self._schedule.window_known(index, costs[index], done)
+            self._schedule.window_known(index, open_window.costs, done)
 
     def start(self, window_rows: int, ahead: int) -> None:
         """Begin to look for windows behind the last known one."""
@@ -225,6 +226,8 @@ class JobAgenda:
                         folders.add("pieces")
                     else:
                         leftovers.append(result.temporary)
+                case Assemble() as part if isinstance(result, Damaged):
+                    entries += self._lose(unit, part, result)
                 case Assemble() as part:
                     if self._schedule.assembled(unit.name, part):
                         entries.append(self._publish_part(part, result))
@@ -376,6 +379,7 @@ class JobAgenda:
             window=window.detail.window, items_sha256=entry["items_sha256"], kept_sha256=entry["kept_sha256"]
         )
         window.rows = tuple(entry["rows"])
+        window.costs = tuple(entry["costs"])
         self.totals.truncated += entry["truncated"]
         self._note_failures(window, entry["failed"])
         tokens = sum(entry["costs"])
@@ -436,8 +440,40 @@ class JobAgenda:
         self.totals.rows_assembled += result.rows
         return entry
 
+    def _lose(self, unit: Unit, part: Assemble, damaged: Damaged) -> list[dict[str, Any]]:
+        """Committed files are damaged: their pieces are computed again, and only they."""
+        entries: list[dict[str, Any]] = []
+        for index in sorted({window for window, _ in damaged.leases}):
+            window = self._open[index]
+            names = {name for at, name in damaged.leases if at == index}
+            if window.rescued is not None and window.rescued[0] in names:
+                raise StorageError(
+                    f"assembling part {part.part}",
+                    found=f"{self._store.path(window.rescued[0])} is damaged; it held rows of an older output",
+                    allowed="files that only Fanfold has written",
+                    do="start anew with --overwrite",
+                )
+            for first, (_, name, _) in sorted(window.leases.items()):
+                if name in names:
+                    del window.leases[first]
+                    self._store.remove(str(name))
+                    entries.append({"kind": "lost", "window": index, "first": first})
+                    self._tell(Note(at_s=time.monotonic(), text=f"{name} is damaged: its rows are computed again"))
+            done = [(first, last) for first, (last, _, _) in window.leases.items()]
+            self._schedule.damaged(unit.name, index, window.costs, done)
+        key = ("damaged", part.part)
+        self._attempts[key] = self._attempts.get(key, 0) + 1
+        if self._attempts[key] > MAX_ATTEMPTS:
+            raise StorageError(
+                f"assembling part {part.part}",
+                found=f"files in {self._store.path('pieces')} were damaged {self._attempts[key]} times",
+                allowed="a disk that keeps what is written",
+                do="check the disk, then run the same command again",
+            )
+        return entries
+
     def _publish(self, temporary: str, name: str, sha256: str) -> None:
-        """Put it under its name. What stands there already was published before its line could be written."""
+        """Put it under its name; what stands there already must be the same."""
         if self._store.put_if_absent(temporary, name):
             return
         if not is_sound(self._store.path(name), sha256):

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from fanfold.data.sink import open_sink
-from fanfold.errors import InternalError, StorageError
+from fanfold.errors import InternalError
 from fanfold.job.compute import arrow_type, result_schema
 from fanfold.job.prepare import HashingFile, ensure_prepared, is_sound
-from fanfold.job.work import JobWork, PartDone, WindowResult, kept_name
+from fanfold.job.work import Damaged, JobWork, PartDone, WindowResult, kept_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,8 +39,16 @@ def output_schema(work: JobWork) -> pa.Schema:
 
 def assemble_part(
     work: JobWork, opened: Opened, part: Assemble, windows: tuple[WindowResult, ...], store: PosixStore
-) -> PartDone:
-    """The part stands, sealed, under a temporary name."""
+) -> PartDone | Damaged:
+    """The part stands, sealed, under a temporary name; or which of the files it is made of are damaged."""
+    damaged = [
+        (window.detail.window.index, lease.name)
+        for window in windows
+        for lease in window.leases
+        if not is_sound(store.path(lease.name), lease.sha256)
+    ]
+    if damaged:
+        return Damaged(leases=tuple(damaged))
     temporary = f"tmp/part-{part.part:09d}-{part.attempt}-{os.getpid()}"
     schema = output_schema(work)
     rows = 0
@@ -105,15 +113,7 @@ def window_batches(
 def _results(work: JobWork, window: WindowResult, store: PosixStore) -> pa.Table:
     batches = []
     for lease in window.leases:
-        path = store.path(lease.name)
-        if not is_sound(path, lease.sha256):
-            raise StorageError(
-                f"reading {path}",
-                found="the file is missing or not what was committed",
-                allowed="files that only Fanfold has written",
-                do="run the same command again: pieces that are damaged are computed again",
-            )
-        with pa.memory_map(str(path)) as mapped:
+        with pa.memory_map(str(store.path(lease.name))) as mapped:
             batches += list(pa.ipc.open_stream(mapped))
     table = pa.Table.from_batches(batches, schema=result_schema(work.task.columns))
     expected = window.detail.window.num_rows - len(window.failed)

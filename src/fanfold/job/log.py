@@ -13,21 +13,30 @@ Entry = dict[str, Any]
 def settle(entries: Sequence[Entry]) -> list[Entry]:
     """The entries that hold.
 
-    `drop` takes windows out as if they had never been found. `reopen` takes a part out; its windows' results
-    are in rescued files, but for the pieces that are to be computed again.
+    `drop` takes windows out as if they had never been found, `lost` a lease whose file was damaged. `reopen`
+    takes a part out; its windows' results are in rescued files, but for the pieces to be computed again.
     """
     kept: list[Entry] = []
     for entry in entries:
         match entry["kind"]:
             case "drop":
                 gone = set(entry["windows"])
-                kept = [old for old in kept if old.get("window") not in gone]
+                kept = [old for old in kept if not _concerns(old, gone)]
+            case "lost":
+                key = ("lease", entry["window"], entry["first"])
+                kept = [old for old in kept if (old["kind"], old.get("window"), old.get("first")) != key]
             case "reopen":
                 kept = _reopen(kept, entry)
                 kept.append(entry)
             case _:
                 kept.append(entry)
     return kept
+
+
+def _concerns(entry: Entry, windows: set[int]) -> bool:
+    if entry["kind"] == "part":
+        return not windows.isdisjoint(range(entry["first"], entry["last"] + 1))
+    return entry.get("window") in windows
 
 
 def borders(entries: Sequence[Entry]) -> list[tuple[int, int]]:

@@ -31,6 +31,41 @@ if TYPE_CHECKING:
 Entry = dict[str, Any]
 
 
+def mend(store: PosixStore, output: Output, entries: Sequence[Entry]) -> list[Entry]:
+    """The entries, once files and log agree: lines to add are written, files that no line names are removed.
+
+    A lease or part that was published but not logged is computed again: it was not committed. A logged part
+    that is gone or has another size takes its windows back to the beginning; leases are looked at when they are
+    assembled.
+    """
+    held = settle(entries)
+    named = {entry["name"] for entry in held if entry["kind"] in ("lease", "part", "rescue") and entry["name"]}
+    for folder in ("pieces", "data"):
+        for name in store.list(folder):
+            if name.startswith(("w-", "part-")) and f"{folder}/{name}" not in named:
+                store.remove(f"{folder}/{name}")
+    if output.file is not None and any(entry["kind"] == "file" for entry in held):
+        return held  # parts have gone into the file
+    lost: list[int] = []
+    for entry in held:
+        if entry["kind"] == "part" and _size(store.path(entry["name"])) != entry["bytes"]:
+            lost += range(entry["first"], entry["last"] + 1)
+            store.remove(entry["name"])
+    if lost:
+        store.remove(SUCCESS)
+        store.sync_folder(".")
+        journal.append(store, [{"kind": "drop", "windows": lost}])
+        held = settle([*held, {"kind": "drop", "windows": lost}])
+    return held
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
 # -- failed rows ----------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from fanfold.job.agenda import JobAgenda
 from fanfold.job.fingerprint import check_same, fingerprint
 from fanfold.job.finish import finish
 from fanfold.job.log import borders, settle
-from fanfold.job.reopen import accept_inputs, reopen_failed
+from fanfold.job.reopen import accept_inputs, mend, reopen_failed
 from fanfold.job.work import JobWork, OutputRules
 from fanfold.machine.discover import discover
 from fanfold.machine.threads import held_threads
@@ -136,6 +136,7 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
                 entries = journal.load(store)
             check_same(stored["fingerprint"], wanted, str(output.shown))
             check_same({"kept columns": stored.get("kept_schema")}, {"kept columns": schema}, str(output.shown))
+        entries = mend(store, output, entries)
         finished = _finished(store, output)
         if finished is not None and not (request.retry_failed and finished.get("rows_failed")):
             say(f"already finished: {output.shown} (nothing to do; --overwrite starts anew)")

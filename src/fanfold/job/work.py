@@ -103,6 +103,13 @@ class CommittedLease:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Damaged:
+    """Committed lease files that are gone or not what was committed: window and name of each."""
+
+    leases: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WindowResult:
     """All of a computed window: where its leases are and which rows failed (offset -> reason)."""
 
