@@ -18,6 +18,10 @@ WIDTH = 48  # the hidden size of every family
 POSITIONS = 128
 MAX_LENGTH = 40  # tokens, in the sentence-transformers files: some of the texts are longer
 VOCAB = 1200
+MODULES = (
+    *("argparse", "collections/__init__", "dataclasses", "datetime", "email/message", "functools", "heapq"),
+    *("inspect", "json/decoder", "pathlib", "random", "statistics", "textwrap", "zipfile"),
+)
 SPREAD = 0.15  # standard deviation of the weights: wide enough that every token tells in the result
 
 
@@ -130,8 +134,7 @@ def docstrings() -> tuple[str, ...]:
     """The docstrings of some modules of the standard library, in a fixed order."""
     library = Path(sysconfig.get_paths()["stdlib"])
     found: list[str] = []
-    for name in ("argparse", "collections/__init__", "dataclasses", "datetime", "email/message", "functools",
-                 "heapq", "inspect", "json/decoder", "pathlib", "random", "statistics", "textwrap", "zipfile"):  # fmt: skip
+    for name in MODULES:
         tree = ast.parse((library / f"{name}.py").read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -208,7 +211,7 @@ def write_model(folder: Path, family: str, *, seed: int = 0, model: str | None =
             for name, value in made.named_parameters():
                 if value.dim() > 1 and "LayerNorm" not in name:
                     torch.nn.init.normal_(value, std=SPREAD)
-        for name, value in made.named_parameters():
+        for value in made.parameters():
             if value.dim() == 1:  # biases and norms away from 0 and 1: a lost one is seen
                 value.data.add_(torch.randn(value.shape) * 0.05)
         words = made.get_input_embeddings().weight.data  # a real padding token has an embedding too

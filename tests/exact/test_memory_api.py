@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import psutil
@@ -16,8 +17,11 @@ import pytest
 import fanfold as ff
 from fanfold.errors import DataError, InputError, PlanError
 
-pytest.importorskip("torch", reason="needs the extra 'torch'")
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("torch") is None, reason="needs the extra 'torch'"),
+]
 
 TEXTS = [
     "a short text",

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 from checkpoints import edit_json, mixed_texts, write_json
@@ -14,8 +15,11 @@ import fanfold as ff
 from fanfold.cli.main import run as command
 from fanfold.errors import FanfoldError, InputError, SafetyError
 
-pytest.importorskip("torch", reason="needs the extra 'torch'")
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("torch") is None, reason="needs the extra 'torch'"),
+]
 
 
 def change_weights(folder, change, file="model.safetensors"):
@@ -275,8 +279,8 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused_or_replaced_but_never_ru
     )
     try:
         vectors = embedded(folder)
-    except FanfoldError as refused:
-        assert refused.exit_code == 6, refused
+    except SafetyError:
+        pass
     else:
         assert vectors.tobytes() == whole.tobytes()
     assert not marker.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import checkpoints
@@ -13,10 +14,10 @@ import pytest
 
 import fanfold as ff
 
-pytest.importorskip("torch", reason="needs the extra 'torch'")
 pytestmark = [
     pytest.mark.torch,
     pytest.mark.slow,
+    pytest.mark.skipif(find_spec("torch") is None, reason="needs the extra 'torch'"),
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/PID/smaps, which only Linux has"),
 ]
 

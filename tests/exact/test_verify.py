@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from importlib.util import find_spec
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +18,11 @@ import fanfold as ff
 from fanfold.cli.main import run as command
 from fanfold.errors import DifferenceFound, ResumeError
 
-pytest.importorskip("torch", reason="needs the extra 'torch'")
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("torch") is None, reason="needs the extra 'torch'"),
+]
 
 ROWS = 60
 CHANGED = 17
@@ -89,7 +93,7 @@ def test_it_passes_on_a_finished_run(name, job, capsys):
 
 
 def test_it_passes_with_the_options_of_the_run(job, capsys):
-    out = job(prefix="my_", max_length=12, prefix_text="query: ", limit=33, keep="id,count".split(","))
+    out = job(prefix="my_", max_length=12, prefix_text="query: ", limit=33, keep=("id", "count"))
     verdict = ff.verify(out, sample=100)
     assert (verdict.rows_in, verdict.rows_compared, verdict.max_difference) == (33, 33, 0)
 

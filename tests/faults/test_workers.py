@@ -14,11 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from fanfold.engine.supervisor import Supervisor
+from fanfold.engine.wire import Closed
 from fanfold.errors import FanfoldError, UnitLost
 from fanfold.events import Batch, Note, UnitDied, UnitReady
 from fanfold.job import engines
 from fanfold.job.request import Request
 from fanfold.job.run import run_job
+from fanfold.plan.plan import Unit
 from fanfold.testing.fakes import FakeTask
 
 pytestmark = pytest.mark.faults
@@ -106,8 +109,22 @@ def wait_until_gone(pids, within_s):
     return time.monotonic() - start_s
 
 
+def children(pid):
+    """The processes that this one has started and that still run."""
+    return {child for child, parent in parents_of_all().items() if parent == pid and alive(child)}
+
+
 def descendants(pid):
     """The process's children, their children and so on."""
+    parents = parents_of_all()
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def parents_of_all():
+    """pid -> the pid of its parent, for every process there is."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -115,10 +132,7 @@ def descendants(pid):
                 parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
             except OSError:
                 continue
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
+    return parents
 
 
 # -- workers ------------------------------------------------------------------------------------------
@@ -206,6 +220,43 @@ def test_a_killed_zygote_is_replaced(docs, expected, tmp_path):
     assert done.exit_code == 0
 
 
+@pytest.mark.timeout(30)
+def test_the_death_of_a_worker_is_seen_though_another_was_forked_in_the_same_breath():
+    """Both requests wait when the zygote looks: the first fork must not keep the second one's pipes open."""
+    supervisor = Supervisor(imports=(), threads=1)
+    started = []
+    try:
+        started.append(supervisor.start(Unit(name="warm-up")))
+        read_message(started[0])
+        (zygote,) = children(os.getpid())
+        os.kill(zygote, signal.SIGSTOP)
+        started += [supervisor.start(Unit(name=f"cpu:{index}")) for index in range(2)]
+        _, one, two = started
+        os.kill(zygote, signal.SIGCONT)
+        assert read_message(one)[0] == "up"
+        up, pid = read_message(two)
+        assert up == "up"
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(Closed):
+            read_message(two)
+    finally:
+        for process in started:
+            process.channel.close()
+            process.stderr.close()
+        supervisor.close()
+
+
+def read_message(process, within_s=5.0):
+    """The next message of a worker; Closed once it is gone."""
+    deadline_s = time.monotonic() + within_s
+    while time.monotonic() < deadline_s:
+        for message in process.channel.drain():
+            return message
+        time.sleep(0.01)
+    raise AssertionError(f"{process.unit.name} said nothing for {within_s} s, and its end was not seen")
+
+
+@pytest.mark.timeout(30)
 @pytest.mark.parametrize("fault", ["exit", "segfault"])
 def test_a_row_that_kills_its_worker_once_costs_a_retry(docs, expected, tmp_path, fault):
     text = json.loads(docs.read_text().splitlines()[1234])["text"]
@@ -271,6 +322,7 @@ from pathlib import Path
 from fanfold.events import Batch, UnitReady
 from fanfold.job.request import Request
 from fanfold.job.run import run_job
+from fanfold.plan.plan import Unit
 from fanfold.testing.fakes import FakeTask
 
 class Show:

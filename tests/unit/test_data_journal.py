@@ -14,7 +14,7 @@ from fanfold.data.journal import NAME, append, decode, encode, load
 from fanfold.errors import ResumeError
 
 ENTRIES = [
-    {"kind": "window", "window": 0, "costs": [3, 2, 1], "failed": [{"message": "Zeile 3: \"x\" \n \u2028 ü 😀"}]},
+    {"kind": "window", "window": 0, "costs": [3, 2, 1], "failed": [{"message": 'Zeile 3: "x" \n \u2028 ü 😀'}]},
     {"kind": "lease", "first": 0, "last": 1, "sha256": "0" * 64},
     {"kind": "lease", "first": 2, "last": 2, "sha256": "f" * 64},
     {},
@@ -73,7 +73,7 @@ def test_an_entry_is_one_ascii_line_whatever_it_holds():
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text("aé\n\r\0😀\u2028\"\\", max_size=6),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text('aé\n\r\0😀\u2028"\\', max_size=6),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", max_size=2), inner, max_size=3),
     max_leaves=5,
 )

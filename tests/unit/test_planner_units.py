@@ -72,7 +72,21 @@ def test_places_are_read(text, where):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "gpu", "CPU", "cpu:", "cpu:x", "cpu:-1", "cpu:1.5", "cpu:1,2", "cpu 4", "cuda:", "cuda:,1", "cuda:0,", "spark"],
+    [
+        "",
+        "gpu",
+        "CPU",
+        "cpu:",
+        "cpu:x",
+        "cpu:-1",
+        "cpu:1.5",
+        "cpu:1,2",
+        "cpu 4",
+        "cuda:",
+        "cuda:,1",
+        "cuda:0,",
+        "spark",
+    ],
 )
 def test_other_places_are_refused(text):
     with pytest.raises(PlanError) as error:

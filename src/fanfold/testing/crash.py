@@ -26,7 +26,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,7 @@ class CrashState:
             alias = first.setdefault(number, name)
             digest.update(f"|{name}={alias}|".encode())
             if alias == name:
-                digest.update(hashlib.sha256(self.data[number]).digest())
+                digest.update(_sha256(self.data[number]))
         return digest.hexdigest()
 
     def materialise(self, folder: Path) -> None:
@@ -211,14 +211,16 @@ class _Watcher:
         steps = self.record.steps
         steps += [MadeFolder(name) for name in sorted(folders - self._folders)]
         before = self._files
-        gone = {number: name for name, number in before.items() if name not in files}
+        gone = {name: number for name, number in before.items() if name not in files}
         for name, number in sorted(files.items()):
             if before.get(name) == number:
                 continue
-            if number in gone:
-                steps.append(Moved(gone.pop(number), name))
+            old = next((old for old, moved in gone.items() if moved == number), None)
+            if old is not None:
+                del gone[old]
+                steps.append(Moved(old, name))
                 continue
-            if name in before and not any(step == Unnamed(name) for step in steps[-1:]):
+            if name in before:
                 steps.append(Unnamed(name))
             steps.append(Named(name, number))
         for name, number in files.items():
@@ -226,9 +228,8 @@ class _Watcher:
             if self._data.get(number) != data:
                 self._data[number] = data
                 steps.append(Wrote(number, data))
-        removed = self._folders - folders
-        steps += [Unnamed(name) for name in sorted(gone.values()) if str(Path(name).parent) not in removed]
-        steps += [RemovedFolder(name) for name in sorted(removed, reverse=True)]
+        steps += [Unnamed(name) for name in sorted(gone)]
+        steps += [RemovedFolder(name) for name in sorted(self._folders - folders, reverse=True)]
         self._folders, self._files = folders, files
 
     def flushed(self, path: Path) -> None:
@@ -263,8 +264,8 @@ class _Watcher:
 # -- states -----------------------------------------------------------------------------------------------
 
 
-def crash_states(record: Record, *, recent: int = RECENT) -> list[CrashState]:
-    """Every different state that a crash at any moment of the record may leave, each once.
+def crash_states(record: Record, *, recent: int = RECENT, since: int = 0) -> list[CrashState]:
+    """Every different state that a crash at any moment of the record may leave, each once; moments from `since` on.
 
     A crash comes after each step (the last included). What was flushed by then is there. Exhaustive in all
     combinations would be exponential, so of the rest
@@ -280,16 +281,18 @@ def crash_states(record: Record, *, recent: int = RECENT) -> list[CrashState]:
     Blocks holding other files' old bytes are not made up: no checksum here treats them unlike zeros.
     """
     found: dict[str, CrashState] = {}
+    safe: set[int] = set()  # positions of the changes of names that survive
     for moment in range(len(record.steps) + 1):
-        for state in _states_at(record, moment, recent):
+        if moment:
+            safe |= _saved(record.steps, moment - 1, safe)
+        for state in _states_at(record, moment, safe, recent) if moment >= since else ():
             found.setdefault(state.key, state)
     return list(found.values())
 
 
-def _states_at(record: Record, moment: int, recent: int) -> Iterator[CrashState]:
+def _states_at(record: Record, moment: int, safe: set[int], recent: int) -> Iterator[CrashState]:
     steps = record.steps[:moment]
     names = [(at, step) for at, step in enumerate(steps) if isinstance(step, NameStep)]
-    safe = _safe_names(steps)
     pending = [at for at, _ in names if at not in safe]
     contents = _contents(record.start.data, steps)
     loose = {number: choices for number, choices in contents.items() if len(choices) > 1}
@@ -309,27 +312,27 @@ def _states_at(record: Record, moment: int, recent: int) -> Iterator[CrashState]
             chosen = {number: choices.get(choice, choices["everything"]) for number, choices in loose.items()}
             yield state(lost, chosen, f"{how}; {choice} of the unflushed bytes")
     nothing = {number: choices["nothing"] for number, choices in loose.items()}
-    for at in pending[-recent:]:
+    for at in pending[max(0, len(pending) - recent) :]:
         alone = set(pending) - _needed(steps, at)
         for how, lost in (("lost", _dependents(steps, at) - safe), ("alone kept", alone)):
             for chosen in ({}, nothing):
                 bytes_kept = "all bytes" if chosen is not nothing else "no unflushed bytes"
                 yield state(lost, chosen, f"{_shown(steps[at])} {how}; {bytes_kept}")
-    for number in list(loose)[-recent:]:
+    for number in list(loose)[max(0, len(loose) - recent) :]:
         for choice, data in loose[number].items():
             yield state(set(), {number: data}, f"file {number} has {choice} of its unflushed bytes")
 
 
-def _safe_names(steps: Sequence[Step]) -> set[int]:
-    """Positions of the changes of names that survive."""
-    safe: set[int] = set()
-    for at, step in enumerate(steps):
-        if isinstance(step, FlushedFolder):
-            for earlier in range(at):
-                change = steps[earlier]
-                if isinstance(change, NameStep) and step.name in map(_folder_of, _names(change)):
-                    safe |= _needed(steps, earlier)
-    return safe
+def _saved(steps: Sequence[Step], at: int, safe: set[int]) -> set[int]:
+    """Positions of the changes of names that this step, if it flushes a folder, makes survive."""
+    flush = steps[at]
+    saved: set[int] = set()
+    if isinstance(flush, FlushedFolder):
+        for earlier in range(at):
+            change = steps[earlier]
+            if earlier not in safe and isinstance(change, NameStep) and flush.name in map(_folder_of, _names(change)):
+                saved |= _needed(steps, earlier)
+    return saved
 
 
 def _needed(steps: Sequence[Step], at: int) -> set[int]:
@@ -424,6 +427,11 @@ def _names(step: Step) -> tuple[str, ...]:
         case Named(name, _) | Unnamed(name) | MadeFolder(name) | RemovedFolder(name):
             return (name,)
     return ()
+
+
+@lru_cache(maxsize=1024)
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def _folder_of(name: str) -> str:

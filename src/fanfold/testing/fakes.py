@@ -35,6 +35,7 @@ class FakeTask:
     faults: dict[str, str] = field(default_factory=dict)
     once_path: str = ""
     load_fault: str = ""
+    calls_path: str = ""  # a file that grows by one byte with every call of the model
     name: str = "fake"
     reference: str = "fake"
     weights_bytes: int = 0
@@ -93,6 +94,10 @@ class FakeOnUnit:
     def compute(self, ids: Sequence[np.ndarray], length: int) -> dict[str, Any]:
         import numpy as np
 
+        if self.task.calls_path:
+            fd = os.open(self.task.calls_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            os.write(fd, b".")
+            os.close(fd)
         if self.task.token_s:
             time.sleep(self.task.token_s * length * len(ids))
         vectors = np.empty((len(ids), self.task.width), dtype=np.float32)

@@ -1,0 +1,129 @@
+"""What users can name is written down here: adding or taking away one is a decision, not an accident."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import re
+
+import pytest
+
+import fanfold
+import fanfold.job.embed
+import fanfold.job.verify
+import fanfold.merge
+from fanfold import errors
+from fanfold.cli.commands import app
+from fanfold.cli.main import HELP, run
+
+NAMES = ["Concat", "Count", "Mean", "Sum", "Weighted", "embed", "shutdown", "verify"]
+MERGE_NAMES = ["Concat", "Count", "Mean", "Merge", "OrderedFold", "Sum", "Weighted", "fold"]
+
+FLAGS = {
+    "embed": [
+        "INPUTS",
+        "--out -o",
+        *("--allow-append", "--column", "--config", "--dry-run", "--dtype", "--id", "--json", "--keep", "--limit"),
+        *("--max-failures", "--max-length", "--memory-per-unit", "--model", "--no-color", "--on", "--on-error"),
+        *("--overwrite", "--prefix", "--prefix-text", "--prompt-name", "--quiet", "--retry-failed", "--revision"),
+        *("--timeout-batch", "--too-long", "--verbose"),
+    ],
+    "run": ["JOB", "--json", "--no-color", "--quiet", "--verbose"],
+    "verify": ["OUT", "--json", "--model", "--sample", "--seed", "--verbose"],
+    "show": ["OUT", "--verbose"],
+    "machine": ["--no-probe --probe", "--json", "--verbose"],
+}
+
+# Class: base, exit code. Same tree as in the docstring of errors.py.
+ERRORS = {
+    "FanfoldError": ("Exception", 1),
+    "RequestError": ("FanfoldError", 2),
+    "PlanError": ("RequestError", 2),
+    "ResumeError": ("RequestError", 2),
+    "InputError": ("RequestError", 2),
+    "MissingExtra": ("RequestError", 2),
+    "DataError": ("FanfoldError", 1),
+    "PieceFailed": ("DataError", 1),
+    "MachineError": ("FanfoldError", 1),
+    "UnitLost": ("MachineError", 1),
+    "OutOfMemory": ("MachineError", 1),
+    "StorageError": ("MachineError", 1),
+    "Stopped": ("FanfoldError", 4),
+    "DifferenceFound": ("FanfoldError", 5),
+    "SafetyError": ("FanfoldError", 6),
+    "InternalError": ("FanfoldError", 1),
+}
+
+
+def help_of(command):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert run([command, "--help"]) == 0
+    return out.getvalue()
+
+
+help_of("show")  # the first one imports rich: outside of any test's time
+
+
+def test_public_names_are_these():
+    assert sorted(fanfold.__all__) == NAMES
+
+
+def test_every_public_name_can_be_had_and_is_listed():
+    for name in NAMES:
+        assert getattr(fanfold, name).__name__ == name
+        assert name in dir(fanfold)
+
+
+def test_other_names_are_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'fanfold' has no attribute 'embedd'"):
+        _ = fanfold.embedd
+
+
+def test_merge_names_are_these():
+    assert sorted(fanfold.merge.__all__) == MERGE_NAMES
+    assert all(hasattr(fanfold.merge, name) for name in MERGE_NAMES)
+
+
+def test_commands_are_these():
+    assert sorted(name for name in app if not name.startswith("-")) == sorted(FLAGS)
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_flags_of_a_command_are_these(command):
+    found = [" ".join(sorted(argument.names)) for argument in app[command].assemble_argument_collection()]
+    assert sorted(found) == sorted(FLAGS[command])
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_help_of_a_command_says_something_of_every_flag(command):
+    text = " ".join(help_of(command).split())
+    for names in (argument.names for argument in app[command].assemble_argument_collection()):
+        listed = re.escape(names[0].removeprefix("--"))
+        assert re.search(rf"{listed}\b[^.]* [A-Z][^.]*\.", text), f"{command} {names[0]} is not explained"
+
+
+def test_the_front_page_names_every_command():
+    for command in FLAGS:
+        assert f"\n  {command}" in HELP
+
+
+def test_error_classes_and_exit_codes_are_these():
+    found = {
+        name: (kind.__base__.__name__, kind.exit_code)
+        for name, kind in vars(errors).items()
+        if inspect.isclass(kind) and issubclass(kind, errors.FanfoldError)
+    }
+    assert found == ERRORS
+
+
+def test_the_drawn_tree_holds_every_error():
+    for name, (_, exit_code) in ERRORS.items():
+        (line,) = [line for line in errors.__doc__.splitlines() if name in line.split()]
+        if "exit" in line:
+            assert line.endswith(f"exit {exit_code}")
+
+
+def test_every_error_has_a_line_of_explanation():
+    for name in ERRORS:
+        assert getattr(errors, name).__doc__.strip()
