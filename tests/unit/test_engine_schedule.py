@@ -312,7 +312,8 @@ def test_a_part_waits_for_its_last_window_in_whatever_order_they_end():
         schedule.window_found(window)
     schedule.input_ended(2)
     for unit in ("u0", "u1"):
-        assert isinstance(prepare := schedule.next_for(unit), Prepare)
+        prepare = schedule.next_for(unit)
+        assert isinstance(prepare, Prepare)
         schedule.prepared(unit, prepare, [1])
     first, second = schedule.next_for("u0"), schedule.next_for("u1")
     assert (first.window, second.window) == (0, 1)

@@ -6,12 +6,12 @@ import random
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fanfold.split.batch import Batch, cut
 
-LENGTHS = st.lists(st.integers(min_value=0, max_value=600), max_size=120)
+LENGTHS = st.lists(st.integers(min_value=0, max_value=600), max_size=60)
 BUDGETS = st.integers(min_value=1, max_value=2048)
 PIECE_BATCHES = st.integers(min_value=1, max_value=5)
 
@@ -25,6 +25,7 @@ def batches_of(made):
     return [batch for piece in made.pieces for batch in piece]
 
 
+@settings(max_examples=30)
 @given(LENGTHS, BUDGETS, PIECE_BATCHES)
 def test_every_row_stands_once(lengths, budget, piece_batches):
     offsets = numbered(lengths)
@@ -33,6 +34,7 @@ def test_every_row_stands_once(lengths, budget, piece_batches):
     assert sum(made.rows) == len(lengths)
 
 
+@settings(max_examples=30)
 @given(LENGTHS, BUDGETS, PIECE_BATCHES)
 def test_batches_partition_the_order(lengths, budget, piece_batches):
     made = cut(numbered(lengths), lengths, batch_tokens=budget, piece_batches=piece_batches)
@@ -42,12 +44,14 @@ def test_batches_partition_the_order(lengths, budget, piece_batches):
     assert (batches[-1].stop if batches else 0) == len(lengths)
 
 
+@settings(max_examples=30)
 @given(LENGTHS, BUDGETS)
 def test_a_batch_is_within_the_budget_or_a_single_row(lengths, budget):
     for batch in batches_of(cut(numbered(lengths), lengths, batch_tokens=budget)):
         assert batch.padded_tokens <= budget or batch.rows == 1
 
 
+@settings(max_examples=30)
 @given(LENGTHS, BUDGETS)
 def test_a_batch_is_as_large_as_the_budget_allows(lengths, budget):
     batches = batches_of(cut(numbered(lengths), lengths, batch_tokens=budget))
@@ -55,6 +59,7 @@ def test_a_batch_is_as_large_as_the_budget_allows(lengths, budget):
         assert (batch.rows + 1) * batch.length > budget
 
 
+@settings(max_examples=30)
 @given(LENGTHS, BUDGETS)
 def test_the_order_is_by_falling_length_then_by_offset(lengths, budget):
     offsets = numbered(lengths)
@@ -66,6 +71,7 @@ def test_the_order_is_by_falling_length_then_by_offset(lengths, budget):
         assert batch.length == max(1, *(length_of[offset] for offset in made.order[batch.start : batch.stop]))
 
 
+@settings(max_examples=30)
 @given(LENGTHS, BUDGETS, PIECE_BATCHES)
 def test_pieces_partition_the_batches(lengths, budget, piece_batches):
     made = cut(numbered(lengths), lengths, batch_tokens=budget, piece_batches=piece_batches)
@@ -75,6 +81,7 @@ def test_pieces_partition_the_batches(lengths, budget, piece_batches):
     assert made.costs == tuple(sum(batch.rows * batch.length for batch in piece) for piece in made.pieces)
 
 
+@settings(max_examples=30)
 @given(LENGTHS, BUDGETS, PIECE_BATCHES, st.randoms(use_true_random=False))
 def test_the_cut_does_not_depend_on_the_order_in_which_rows_are_named(lengths, budget, piece_batches, rng):
     rows = list(zip(numbered(lengths), lengths, strict=True))

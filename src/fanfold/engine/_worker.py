@@ -124,6 +124,8 @@ def _become_worker(
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         die_with_parent()
         zygote.close()
+        for fd in zygote.fds:  # of forks asked for together: a copy here would hide the other worker's death
+            os.close(fd)
         os.close(wake_read)
         os.close(wake_write)
         os.dup2(stderr_fd, 2)
