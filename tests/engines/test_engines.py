@@ -127,7 +127,7 @@ def test_workers_forked_together_hold_no_end_of_each_others_channel(monkeypatch)
         os.kill(supervisor.zygote_pid, signal.SIGCONT)
     try:
         pids = [worker.channel.receive()[1] for worker in workers]
-        for worker, pid in zip(workers, pids, strict=True):
+        for worker, pid in reversed(list(zip(workers, pids, strict=True))):
             os.kill(pid, signal.SIGKILL)
             assert select.select([worker.channel], [], [], 5.0)[0], "the end of the channel was not seen"
             with pytest.raises(Closed):
