@@ -242,7 +242,7 @@ def test_every_state_while_one_file_is_made_recovers(folder, name):
     check_all(job, crash_states(record, recent=2, since=since), expected)
 
 
-@pytest.mark.parametrize("share", [0.35, 0.6, 0.85])
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
 def test_every_state_of_a_resume_recovers(folder, share):
     """A second crash, while the job goes on after a first one in which nothing was kept that was not flushed."""
     job = Job(folder, "out")
