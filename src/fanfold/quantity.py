@@ -205,3 +205,8 @@ def _refused(name: str, text: object, *, allowed: str, do: str) -> RequestError:
         allowed=allowed,
         do=do,
     )
+
+
+def printable(text: str) -> str:
+    """Text from outside as one that cannot move a cursor, change colors or the direction of writing."""
+    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from itertools import product
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,6 @@ from fanfold.job.run import run_job
 from fanfold.testing.fakes import FakeTask
 
 ROWS = 12_000  # three windows
-WHERE = ("inline", "cpu:1", "cpu:2", "cpu:3")
 
 
 def embedding_bytes(table):
@@ -59,9 +57,11 @@ def reference(demo_model, inputs, tmp_path_factory):
     return ff.embed(str(inputs["jsonl"]), tmp_path_factory.mktemp("reference") / "a.parquet", on="inline").table()
 
 
-# Every place and every kind, without the pairs that could only fail together with others.
-SKIPPED = [("inline", "jsonl"), ("cpu:1", "parquet"), ("cpu:1", "gz"), ("cpu:3", "parquet")]
-PAIRS = [pair for pair in product(WHERE, ("jsonl", "parquet", "gz")) if pair not in SKIPPED]
+# Every place and every kind; the other pairs could only fail together with one of these.
+PAIRS = [
+    *(("inline", "parquet"), ("cpu:1", "jsonl"), ("cpu:3", "gz")),
+    *(("cpu:2", "jsonl"), ("cpu:2", "parquet"), ("cpu:2", "gz")),
+]
 
 
 @pytest.mark.torch
@@ -80,10 +80,9 @@ def test_the_real_model_gives_the_same_bytes(on, kind, inputs, documents, refere
 
 @pytest.mark.torch
 @pytest.mark.slow
-@pytest.mark.parametrize("on", ["inline", "cpu:2"])
-def test_the_real_model_gives_the_same_bytes_from_stdin(on, inputs, documents, reference, tmp_path):
+def test_the_real_model_gives_the_same_bytes_from_stdin(inputs, documents, reference, tmp_path):
     out = tmp_path / "a.parquet"
-    command = f'cat "$DOCS" | "$PYTHON" -m fanfold.cli.main embed - -o "$OUT" --on {on}'
+    command = 'cat "$DOCS" | "$PYTHON" -m fanfold.cli.main embed - -o "$OUT" --on cpu:2'
     done = subprocess.run(
         ["bash", "-c", command],
         env={**os.environ, "DOCS": str(inputs["jsonl"]), "OUT": str(out), "PYTHON": sys.executable},
@@ -116,16 +115,12 @@ def test_a_stream_in_and_a_stream_out(inputs, reference):
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_text_outputs_of_the_real_model_hold_the_same_floats(suffix, inputs, reference, tmp_path):
-    """The shortest text of a float32 reads back as the same float32; and the file does not tell the unit count."""
+    """The shortest text of a float32 reads back as the same float32."""
     import fanfold as ff
 
-    outs = []
-    for on in ("inline", "cpu:2"):
-        outs.append(tmp_path / on.replace(":", "") / f"a.{suffix}")
-        outs[-1].parent.mkdir()
-        ff.embed(str(inputs["parquet"]), outs[-1], on=on)
-    assert outs[0].read_bytes() == outs[1].read_bytes()
-    with outs[0].open(encoding="utf-8", newline="") as file:
+    out = tmp_path / f"a.{suffix}"
+    ff.embed(str(inputs["parquet"]), out, on="cpu:2")
+    with out.open(encoding="utf-8", newline="") as file:
         records = list(map(json.loads, file) if suffix == "jsonl" else csv.DictReader(file))
     cells = [record["embedding"] for record in records]
     vectors = np.asarray([json.loads(cell) if isinstance(cell, str) else cell for cell in cells], dtype=np.float32)
@@ -208,9 +203,7 @@ def test_a_run_folder_holds_the_same_rows_as_one_file(large, records, fake_refer
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "suffix"), [("jsonl", "parquet"), ("jsonl", "jsonl"), ("parquet", "csv"), ("stdin", "jsonl")]
-)
+@pytest.mark.parametrize(("kind", "suffix"), [("jsonl", "parquet"), ("jsonl", "jsonl"), ("parquet", "csv")])
 def test_the_whole_file_is_the_same_for_every_unit_count(kind, suffix, large, tmp_path):
     found = {}
     for on in ("inline", "cpu:2", "cpu:3"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from importlib.util import find_spec
@@ -51,12 +50,15 @@ def test_two_workers_share_one_copy_of_the_weights(large):
     try:
         vectors = ff.embed(texts, model=str(large), on="cpu:2")
         workers = {}
-        for process in psutil.Process().children(recursive=True):
+        children = psutil.Process().children(recursive=True)
+        for process in children:
             mapped, everything = mappings(process.pid, ".safetensors")
             if mapped:
                 workers[process.pid] = (mapped, everything)
     finally:
         ff.shutdown()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive, "nothing stays behind"
     assert vectors.shape == (60, 1024)
     assert len(workers) == 2, "both workers have the file mapped"
     shared = sum(mapped["Pss"] for mapped, _ in workers.values())
@@ -70,13 +72,3 @@ def test_two_workers_share_one_copy_of_the_weights(large):
     assert 0.9 * weights < shared < 1.1 * weights, "one copy, not two"
     assert sum(mapped["Anonymous"] for mapped, _ in workers.values()) == 0, "no page was copied on a write"
     assert max(own) < weights, "and no second copy in a worker's own memory"
-
-
-def test_nothing_stays_behind_once_they_are_shut_down(large):
-    ff.embed(["one"], model=str(large), on="cpu:2")
-    children = psutil.Process().children(recursive=True)
-    assert children
-    ff.shutdown()
-    _, alive = psutil.wait_procs(children, timeout=5)
-    assert not alive
-    assert os.path.exists(large / "model.safetensors")

@@ -103,7 +103,7 @@ def test_appended_rows_are_computed_and_committed_ones_stay(tmp_path, name, coun
         file.write(write(tmp_path / "more.jsonl", range(count, count + 13)).read_text())
     with pytest.raises(ResumeError) as refused:
         run(source, tmp_path / name)
-    assert "inputs[0].bytes" in str(refused.value)
+    assert "in.jsonl: size was" in str(refused.value)
     poison = dict.fromkeys(range(count), "raise")  # what was computed is not computed again
     grown = run(source, tmp_path / name, faults=poison, allow_append=True)
     assert grown.exit_code == 0

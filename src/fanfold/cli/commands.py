@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextvars import ContextVar
 from typing import Annotated
 
 from cyclopts import App, Parameter
@@ -12,16 +13,14 @@ from fanfold import __version__
 
 DASH = "\0-"  # a bare "-" on its way through the parser
 
+GIVEN: ContextVar[frozenset[str]] = ContextVar("GIVEN", default=frozenset())  # names of the flags given
+
 app = App(
     name="fanfold",
     help="Run a model over a whole dataset on every core, with the result that one core would give.",
     version=__version__,
     help_format="plaintext",
 )
-
-
-def _keep(text: str) -> str | tuple[str, ...]:
-    return text if text in ("all", "none") else tuple(name for name in text.split(",") if name)
 
 
 @app.command
@@ -118,7 +117,7 @@ def embed(
     no_color
         No colors (also the variable NO_COLOR).
     """
-    from fanfold.job.command import EmbedFlags, run_embed
+    from fanfold.job.command import EmbedFlags, names_of, run_embed
 
     flags = EmbedFlags(
         inputs=tuple("-" if name == DASH else name for name in inputs),
@@ -126,7 +125,7 @@ def embed(
         model=model,
         column=column,
         on=on,
-        keep=_keep(keep),
+        keep=names_of(keep),
         id=id,
         prefix=prefix,
         prefix_text=prefix_text,
@@ -145,7 +144,7 @@ def embed(
         retry_failed=retry_failed,
         dry_run=dry_run,
     )
-    run = run_embed(flags, config=config, quiet=quiet, color=_color(no_color))
+    run = run_embed(flags, config=config, given=GIVEN.get(), quiet=quiet, color=_color(no_color))
     if json_:
         print(json.dumps(run.summary or run.plan, indent=2))
     return run.exit_code

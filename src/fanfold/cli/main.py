@@ -67,14 +67,17 @@ def run(arguments: list[str]) -> int:
 def _command(arguments: list[str]) -> int:
     from cyclopts import CycloptsError
 
-    from fanfold.cli.commands import DASH, app
+    from fanfold.cli.commands import DASH, GIVEN, app
 
     # cyclopts takes a bare "-" for an option; it is a value here: stdin or stdout.
     arguments = [DASH if argument == "-" else argument for argument in arguments]
     try:
-        result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         return _usage(error)
+    # Flags given here win over a --config file, also where they say what the default says.
+    GIVEN.set(frozenset(bound.arguments))
+    result = command(*bound.args, **bound.kwargs)
     return result if isinstance(result, int) else 0
 
 

@@ -27,7 +27,7 @@ _FIELD_LIMIT = threading.Lock()
 
 
 @contextlib.contextmanager
-def _long_fields() -> Iterator[None]:
+def long_fields() -> Iterator[None]:
     """The csv module's limit on the length of a field, one for the process, is lifted inside."""
     with _FIELD_LIMIT:
         before = csv.field_size_limit(sys.maxsize)
@@ -75,7 +75,7 @@ class CsvDecoder:
     def decode(self, records: Sequence[bytes | None]) -> Decoded:
         rows: list[list[str] | None] = []
         problems: dict[int, Problem] = {}
-        with _long_fields():
+        with long_fields():
             for i, data in enumerate(records):
                 row = None
                 if data is None:
@@ -113,7 +113,7 @@ def read_header(data: bytes, path: str) -> tuple[str, ...]:
     """The names in a header record. Raises InputError where it cannot be one."""
     asked = f"the header of {inert(path)}"
     try:
-        with _long_fields():
+        with long_fields():
             header = tuple(_fields(data))
     except RowProblem as error:
         raise InputError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import base64
 import json
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -120,16 +119,26 @@ class CsvSink(_Sink):
         self._write_rows(list(zip(*columns, strict=True)))
 
     def _write_rows(self, rows: list[Any]) -> None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        self._file.write(text.getvalue().encode("utf-8"))
+        # One empty cell alone would be a blank line, which is no record.
+        lines = ((",".join(map(_quoted, row)) or '""') + "\n" for row in rows)
+        self._file.write("".join(lines).encode("utf-8"))
+
+
+def _quoted(cell: str) -> str:
+    """RFC 4180; a lone carriage return is quoted too, which Python's csv writer forgets."""
+    if any(mark in cell for mark in ',"\r\n'):
+        return '"' + cell.replace('"', '""') + '"'
+    return cell
+
+
+_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}  # as Python's json writes and reads them
 
 
 def _vector_cells(column: pa.Array) -> list[str | None]:
     """Each vector as a JSON array; every number in the fewest digits that give the same float32 back."""
     width = column.type.list_size
     flat = pc.cast(column.flatten() if not column.null_count else column.drop_null().flatten(), pa.string())
-    digits = flat.to_pylist()
+    digits = [_NOT_FINITE.get(number, number) for number in flat.to_pylist()]
     rows = iter(range(0, len(digits), width))
     return [
         "[" + ", ".join(digits[start : start + width]) + "]" if valid and (start := next(rows)) >= 0 else None
@@ -137,20 +146,41 @@ def _vector_cells(column: pa.Array) -> list[str | None]:
     ]
 
 
+def _values(column: pa.Array) -> list[Any]:
+    """Python values; dates and times as ISO text, bytes as base64, whatever their range."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_temporal(column.type) and not pa.types.is_duration(column.type):
+        return list(pc.cast(column, pa.string()).to_pylist())
+    if pa.types.is_duration(column.type):
+        return list(pc.cast(column, pa.int64()).to_pylist())
+    values: list[Any] = column.to_pylist()
+    if pa.types.is_nested(column.type):
+        return values
+    return [_plain(value) if isinstance(value, bytes) else value for value in values]
+
+
+def _plain(value: Any) -> str:
+    """What JSON has no word for."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    return str(value)
+
+
 def _json_cells(field: pa.Field, column: pa.Array) -> list[str | None]:
     if pa.types.is_fixed_size_list(column.type):
         return _vector_cells(column)
-    values = column.to_pylist()
+    values = _values(column)
     if field.name == RECORD_COLUMN:
         return [str(value) if value is not None else None for value in values]  # JSON text already
-    return [None if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in values]
+    return [None if value is None else json.dumps(value, ensure_ascii=False, default=_plain) for value in values]
 
 
-def _csv_cells(column: pa.Array) -> list[Any]:
+def _csv_cells(column: pa.Array) -> list[str]:
     if pa.types.is_fixed_size_list(column.type):
         return ["" if cell is None else cell for cell in _vector_cells(column)]
     nested = pa.types.is_nested(column.type)
     return [
-        "" if value is None else json.dumps(value, ensure_ascii=False, default=str) if nested else value
-        for value in column.to_pylist()
+        "" if value is None else json.dumps(value, ensure_ascii=False, default=_plain) if nested else str(value)
+        for value in _values(column)
     ]

@@ -85,6 +85,7 @@ class Schedule:
         self._num_windows: int | None = None
         self._seconds_per_cost: float | None = None
         self._todo_cost = 0
+        self._damages = 0
 
     # -- events ---------------------------------------------------------------------------------------
 
@@ -146,7 +147,9 @@ class Schedule:
         """The unit could not assemble: of this window only the pieces in `done` are there after all."""
         self._out.pop(unit, None)
         self._computed.discard(window)
-        self._open[window] = _Open()
+        # A late twin of any lease before must not be taken for a new one: attempts begin far above theirs.
+        self._damages += 1
+        self._open[window] = _Open(attempts=dict.fromkeys(range(len(costs)), self._damages * 1000))
         self._set_pieces(window, costs, done)
 
     def isolate(self, window: int, piece: int) -> None:

@@ -42,14 +42,16 @@ class EmbedFlags:
     dry_run: bool = False
 
 
-def run_embed(flags: EmbedFlags, *, config: str | None, quiet: bool, color: bool) -> Run:
-    """Carry out `fanfold embed`."""
+def run_embed(
+    flags: EmbedFlags, *, config: str | None, quiet: bool, color: bool, given: frozenset[str] = frozenset()
+) -> Run:
+    """Carry out `fanfold embed`; `given` are the flags that stood on the command line."""
     from fanfold.job.embed import embed_files
     from fanfold.job.show import summary_lines
     from fanfold.report.progress import Progress
 
     if config is not None:
-        flags = with_config(flags, Path(config))
+        flags = with_config(flags, Path(config), given)
     if flags.out is None:
         raise RequestError(
             "fanfold embed",
@@ -93,8 +95,13 @@ def _to_stdout(inputs: tuple[str, ...], values: dict[str, Any], *, quiet: bool, 
         return run
 
 
-def with_config(flags: EmbedFlags, path: Path) -> EmbedFlags:
-    """The file's values where the command line left the default."""
+def names_of(keep: str) -> str | tuple[str, ...]:
+    """What --keep says: all, none, or names with commas."""
+    return keep if keep in ("all", "none") else tuple(name for name in keep.split(",") if name)
+
+
+def with_config(flags: EmbedFlags, path: Path, given: frozenset[str] = frozenset()) -> EmbedFlags:
+    """The file's values where the command line said nothing."""
     import tomllib
 
     try:
@@ -107,7 +114,11 @@ def with_config(flags: EmbedFlags, path: Path) -> EmbedFlags:
             do="check the file",
         ) from None
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    values.pop("task", None)
+    task = values.pop("task", "embed")
+    if task != "embed":
+        raise RequestError(
+            f"--config {path}", found=f"task = {task!r}", allowed='task = "embed"', do="correct the file"
+        )
     known = {field.name: field for field in fields(EmbedFlags)}
     unknown = sorted(set(values) - set(known))
     if unknown:
@@ -119,14 +130,23 @@ def with_config(flags: EmbedFlags, path: Path) -> EmbedFlags:
         )
     if isinstance(values.get("inputs"), str):
         values["inputs"] = (values["inputs"],)
+    if isinstance(values.get("keep"), str):
+        values["keep"] = names_of(values["keep"])
     for name in ("inputs", "keep"):
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
-    given = {name: getattr(flags, name) for name, field in known.items() if getattr(flags, name) != field.default}
+    for name in ("max_failures", "memory_per_unit", "timeout_batch"):
+        if isinstance(values.get(name), int | float) and not isinstance(values[name], bool):
+            values[name] = str(values[name])
+    said = {
+        name: getattr(flags, name)
+        for name, field in known.items()
+        if name in given or getattr(flags, name) != field.default
+    }
     import pydantic
 
     try:
-        return pydantic.TypeAdapter(EmbedFlags).validate_python({**values, **given}, strict=False)
+        return pydantic.TypeAdapter(EmbedFlags).validate_python({**values, **said}, strict=False)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise RequestError(

@@ -47,6 +47,8 @@ def check_same(stored: dict[str, Any], wanted: dict[str, Any], folder: str) -> N
 
 
 def _differences(path: str, stored: Any, wanted: Any) -> list[str]:
+    if path == "inputs" and isinstance(stored, list) and isinstance(wanted, list):
+        return _input_differences(stored, wanted)
     if isinstance(stored, dict) and isinstance(wanted, dict):
         found: list[str] = []
         for key in sorted({*stored, *wanted}):
@@ -61,6 +63,20 @@ def _differences(path: str, stored: Any, wanted: Any) -> list[str]:
     if stored == wanted:
         return []
     return [f"{path}: {_short(stored)} then, {_short(wanted)} now"]
+
+
+def _input_differences(stored: list[Any], wanted: list[Any]) -> list[str]:
+    """By file name: changed, added, removed, or in another order."""
+    old, new = ({file["path"]: file for file in files} for files in (stored, wanted))
+    found = [f"inputs: {path} is no longer among them" for path in old if path not in new]
+    found += [f"inputs: {path} was added" for path in new if path not in old]
+    for path in old.keys() & new.keys():
+        for key, shown in (("bytes", "size"), ("mtime_ns", "time of change")):
+            if old[path][key] != new[path][key]:
+                found.append(f"inputs: {path}: {shown} was {old[path][key]}, is {new[path][key]}")
+    if not found and [file["path"] for file in stored] != [file["path"] for file in wanted]:
+        found.append("inputs: the same files in another order")
+    return sorted(found)
 
 
 def _short(value: Any) -> str:

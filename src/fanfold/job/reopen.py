@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fanfold.data import journal
+from fanfold.data.csv import long_fields
 from fanfold.data.folder import RUN, SUCCESS, write_json
 from fanfold.data.listing import open_binary
 from fanfold.engine.schedule import Schedule
@@ -156,7 +157,7 @@ def _text_rows(path: Path, work: JobWork, names: list[str], first: int, count: i
     import json
 
     cells: list[list[Any]] = [[] for _ in names]
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file, long_fields():
         records: Any = map(json.loads, file) if work.output.format == "jsonl" else csv.DictReader(file)
         for record in records:
             number = int(record[names[0]])

@@ -42,6 +42,8 @@ class Request:
     stdin: Any = field(default=None)
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep, str) and self.keep not in ("all", "none"):
+            object.__setattr__(self, "keep", tuple(name for name in self.keep.split(",") if name))
         if self.on_error not in ON_ERROR:
             raise RequestError(
                 f"--on-error {self.on_error}",

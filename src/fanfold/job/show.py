@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fanfold.data.folder import QUARANTINE, SUCCESS, SUMMARY, read_json
 from fanfold.job.opened import open_existing
-from fanfold.quantity import format_bytes, format_count, format_duration
+from fanfold.quantity import format_bytes, format_count, format_duration, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,11 +24,11 @@ def show(out: str | Path) -> str:
     lines = [f"{opened.output.shown}: {_state(opened, summary)}", ""]
     for key, value in run["task"].items():
         if isinstance(value, str) and key not in ("name", "reference"):
-            lines.append(f"{key + ':':<9}{_inert(value)}")
-    lines.append(f"{'inputs:':<9}{_inert(', '.join(run['request']['inputs']))}")
-    lines.append(f"{'started:':<9}{run['started']} on {_inert(run['machine']['cpu'])}")
+            lines.append(f"{key + ':':<9}{printable(value)}")
+    lines.append(f"{'inputs:':<9}{printable(', '.join(run['request']['inputs']))}")
+    lines.append(f"{'started:':<9}{run['started']} on {printable(run['machine']['cpu'])}")
     lines.append(f"{'plan:':<9}{plan['layout']} on {', '.join(plan['units'])}, level {run['level']}")
-    lines += [f"{'':<9}- {_inert(reason)}" for reason in plan["reasons"]]
+    lines += [f"{'':<9}- {printable(reason)}" for reason in plan["reasons"]]
     numerics = plan["numerics"]
     lines.append(
         f"{'cut:':<9}windows of {numerics['window_rows']:,} rows, batches of {numerics['batch_tokens']:,} tokens, "
@@ -84,12 +84,7 @@ def _failures(opened: Any) -> list[str]:
     rows = [json.loads(line) for line in data.splitlines()]
     lines = ["", f"failed rows ({len(rows):,}):"]
     for row in rows[:_MAX_FAILURES]:
-        lines.append(f"  row {row['row']}: {row['error']}: {_inert(row['message'])}")
+        lines.append(f"  row {row['row']}: {row['error']}: {printable(row['message'])}")
     if len(rows) > _MAX_FAILURES:
         lines.append(f"  and {len(rows) - _MAX_FAILURES:,} more in {opened.store.path(QUARANTINE)}")
     return lines
-
-
-def _inert(text: str) -> str:
-    """Text from the data cannot move the cursor or change colors."""
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(text))

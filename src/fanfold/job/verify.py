@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from fanfold.data.csv import long_fields
 from fanfold.data.durable import PosixStore
 from fanfold.data.folder import SUCCESS
 from fanfold.data.opening import open_source
@@ -289,7 +290,7 @@ def _stored_text_rows(opened: OpenedRun, first: int, count: int, prefix: str, co
 
     assert opened.output.file is not None
     found: dict[int, np.ndarray] = {}
-    with opened.output.file.open(encoding="utf-8", newline="") as file:
+    with opened.output.file.open(encoding="utf-8", newline="") as file, long_fields():
         records: Any = map(json.loads, file) if opened.output.format == "jsonl" else csv.DictReader(file)
         for record in records:
             number = int(record[prefix + "row"])

@@ -37,12 +37,12 @@ def parse_where(text: str) -> Where:
     text = text.strip()
     if text in ("inline", "cpu", "cuda"):
         return Where(kind=text)
-    if found := re.fullmatch(r"cpu:(\d+)", text):
+    if found := re.fullmatch(r"cpu:([0-9]{1,9})", text):
         return Where(kind="cpu", count=int(found[1]))
-    if found := re.fullmatch(r"cuda:(\d+(?:,\d+)*)", text):
+    if found := re.fullmatch(r"cuda:([0-9]{1,9}(?:,[0-9]{1,9})*)", text):
         return Where(kind="cuda", devices=tuple(int(number) for number in found[1].split(",")))
     raise PlanError(
-        f"--on {text}",
+        f"--on {text[:80]}",
         found="no such place to run",
         allowed=ALLOWED,
         do="leave --on away to use all allowed cores",

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fanfold.events import Batch, InputEnded, Note, UnitReady, WindowFound, WindowPrepared
-from fanfold.quantity import format_count, format_duration
+from fanfold.quantity import format_count, format_duration, printable
 
 if TYPE_CHECKING:
     from fanfold.events import Event
@@ -119,7 +119,8 @@ class Progress:
             self.say(self.line())
 
     def say(self, text: str) -> None:
-        """One line above the bar."""
+        """One line above the bar, whatever it came from inert."""
+        text = printable(text)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         elif not self._quiet:

@@ -77,13 +77,23 @@ def _locate(ref: str | None, revision: str | None) -> tuple[Path, str, str | Non
                 do="pip install 'fanfold[demo]', or pass --model",
             )
         return Path(spec.submodule_search_locations[0]) / "model", "all-MiniLM-L6-v2 (demo package)", None
-    folder = Path(ref).expanduser()
-    if folder.is_dir():
-        return folder.absolute(), str(ref), None
-    if folder.exists() or ref.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(ref):
+    folder = Path(ref)
+    try:
+        folder = folder.expanduser()
+        if folder.is_dir():
+            return folder.absolute(), str(ref), None
+        there = folder.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that does not exist
+        raise InputError(
+            f"model {ref[:80]}",
+            found=f"{type(error).__name__}: {error.args[-1] if error.args else ''}",
+            allowed="a folder, or a Hugging Face id such as org/name",
+            do="check the path",
+        ) from None
+    if there or ref.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(ref):
         raise InputError(
             f"model {ref}",
-            found="a file, not a folder" if folder.exists() else "no such folder",
+            found="a file, not a folder" if there else "no such folder",
             allowed="a folder with config.json, tokenizer and safetensors, or a Hugging Face id such as org/name",
             do="check the path",
         )
@@ -142,19 +152,27 @@ def read_json(path: Path, *, needed_for: str) -> dict[str, Any]:
     )
 
 
-def optional_json(path: Path) -> Any:
-    """The value in the file, None where there is no file."""
+def optional_json(path: Path, kind: type = dict) -> Any:
+    """The object (or list) in the file, None where there is no file; InputError where it holds something else."""
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"reading {path}",
-            found=f"it is damaged: {error}",
-            allowed="JSON as the model's makers wrote it",
-            do="download the model again",
-        ) from None
+        raise damaged_file(path, f"it is damaged: {error}") from None
+    if not isinstance(value, kind):
+        raise damaged_file(path, f"it holds a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def damaged_file(path: Path, found: str) -> InputError:
+    """One of a model's files is not what it should be."""
+    return InputError(
+        f"reading {path}",
+        found=found,
+        allowed="JSON as the model's makers wrote it",
+        do="download the model again",
+    )
 
 
 def check_safetensors(path: Path) -> None:
@@ -171,10 +189,15 @@ def check_safetensors(path: Path) -> None:
                 found = f"a header of {header_bytes} bytes in a file of {size_bytes}"
             else:
                 header = json.loads(file.read(header_bytes))
-                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-                expected = 8 + header_bytes + max(ends, default=0)
-                if expected != size_bytes:
-                    found = f"{size_bytes} bytes where its header says {expected}"
+                end = 0
+                tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+                for tensor in sorted(tensors, key=lambda tensor: tensor["data_offsets"]):
+                    start, stop = tensor["data_offsets"]
+                    if start != end or stop - start != _num_bytes(tensor):
+                        found = f"a header whose tensors leave holes, overlap or have other sizes (at byte {start})"
+                    end = stop
+                if 8 + header_bytes + end != size_bytes:
+                    found = f"{size_bytes} bytes where its header says {8 + header_bytes + end}"
     except (
         struct.error,
         ValueError,
@@ -192,6 +215,17 @@ def check_safetensors(path: Path) -> None:
             allowed="complete safetensors files",
             do="download or save the model again",
         )
+
+
+def _num_bytes(tensor: dict[str, Any]) -> int:
+    """Bytes of a tensor by its shape and dtype; types of less than a byte are counted in bits."""
+    bits = 8 if tensor["dtype"] == "BOOL" else int(re.search(r"\d+", tensor["dtype"]).group())  # type: ignore[union-attr]
+    count = 1
+    for size in tensor["shape"]:
+        if size < 0:
+            return -1
+        count *= int(size)
+    return -(-count * bits // 8)
 
 
 def _result_files(path: Path) -> list[Path]:

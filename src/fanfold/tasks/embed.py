@@ -355,7 +355,8 @@ class _refusals:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if not isinstance(error, ValueError | OSError | KeyError | ImportError):
+        damaged = type(error).__name__ == "SafetensorError"
+        if not damaged and not isinstance(error, ValueError | OSError | KeyError | ImportError):
             return
         if "trust_remote_code" in str(error):
             raise SafetyError(

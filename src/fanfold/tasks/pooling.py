@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fanfold.errors import PlanError
-from fanfold.tasks.checkpoint import first_of, optional_json
+from fanfold.errors import InputError, PlanError, SafetyError
+from fanfold.tasks.checkpoint import check_safetensors, damaged_file, first_of, optional_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,6 +60,43 @@ class Head:
 
 
 def read_head(checkpoint: Checkpoint) -> Head:
+    """As `_read_head`; InputError where one of the files holds something else than its format says."""
+    try:
+        head = _read_head(checkpoint)
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise InputError(
+            f"model {checkpoint.shown}",
+            found=f"its sentence-transformers files cannot be read: {type(error).__name__}: {error}",
+            allowed="modules.json and module folders as sentence-transformers writes them",
+            do="save or download the model again",
+        ) from None
+    for dense in head.dense:
+        _check_module(checkpoint, dense.folder)
+    return head
+
+
+def _check_module(checkpoint: Checkpoint, folder: str) -> None:
+    """A module's weights are there, sound and no pickle."""
+    path = weights_of(checkpoint.path / folder)
+    if path.exists():
+        check_safetensors(path)
+    elif (path.parent / "pytorch_model.bin").exists():
+        raise SafetyError(
+            f"model {checkpoint.shown}",
+            found=f"the weights of {folder} are pickled: loading them could run any code",
+            allowed="weights in safetensors files",
+            do="convert them once where you trust them, with sentence-transformers' save",
+        )
+    else:
+        raise InputError(
+            f"model {checkpoint.shown}",
+            found=f"no weights in {path.parent}",
+            allowed="a complete model folder",
+            do="save or download the model again",
+        )
+
+
+def _read_head(checkpoint: Checkpoint) -> Head:
     """From modules.json and its neighbours; mean pooling, not normalised, where there are none.
 
     Same reading as sentence-transformers 5 and 6 (its two formats of 1_Pooling/config.json).
@@ -70,7 +107,7 @@ def read_head(checkpoint: Checkpoint) -> Head:
     include_prompt, normalize, lower_case = True, False, False
     dense: list[Dense] = []
     max_length: int | None = None
-    for module in optional_json(path / "modules.json") or []:
+    for module in optional_json(path / "modules.json", list) or []:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         folder = str(module.get("path", ""))
         if kind == "Transformer":
@@ -82,7 +119,7 @@ def read_head(checkpoint: Checkpoint) -> Head:
             settings = optional_json(path / folder / "config.json") or {}
             modes, include_prompt = _modes(settings), bool(settings.get("include_prompt", True))
         elif kind == "Dense":
-            dense.append(_dense(folder, optional_json(path / folder / "config.json") or {}))
+            dense.append(_dense(folder, path / folder / "config.json"))
         elif kind == "Normalize":
             normalize = True
         elif kind != "Dropout":
@@ -132,13 +169,17 @@ def _modes(settings: dict[str, Any]) -> tuple[str, ...]:
     return tuple(mode for key, mode in _LEGACY.items() if settings.get(key)) or ("mean",)
 
 
-def _dense(folder: str, settings: dict[str, Any]) -> Dense:
-    return Dense(
-        folder=folder,
-        out_features=int(settings["out_features"]),
-        bias=bool(settings.get("bias", True)),
-        activation=str(settings.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1],
-    )
+def _dense(folder: str, path: Path) -> Dense:
+    settings = optional_json(path) or {}
+    try:
+        return Dense(
+            folder=folder,
+            out_features=int(settings["out_features"]),
+            bias=bool(settings.get("bias", True)),
+            activation=str(settings.get("activation_function", "torch.nn.Tanh")).rsplit(".", 1)[-1],
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise damaged_file(path, f"no usable out_features: {error!r}") from None
 
 
 def _unsupported(checkpoint: Checkpoint, found: str, allowed: str) -> None:
