@@ -144,7 +144,7 @@ def embed(
         retry_failed=retry_failed,
         dry_run=dry_run,
     )
-    run = run_embed(flags, config=config, given=GIVEN.get(), quiet=quiet, color=_color(no_color))
+    run = run_embed(flags, config=config, given=GIVEN.get(), as_json=json_, quiet=quiet, color=_color(no_color))
     if json_:
         print(json.dumps(run.summary or run.plan, indent=2))
     return run.exit_code

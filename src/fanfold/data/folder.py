@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from fanfold.data.durable import PosixStore
-from fanfold.errors import ResumeError
+from fanfold.errors import RequestError, ResumeError, StorageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,8 +60,11 @@ def open_run(output: Output, *, overwrite: bool, sync: bool = True) -> tuple[Pos
             do="choose another output with -o, or replace the file with --overwrite",
         )
     store = PosixStore(folder, sync=sync)
-    store.make_folders(["."])
-    store.claim(CLAIM)
+    try:
+        store.make_folders(["."])
+        store.claim(CLAIM)
+    except StorageError as error:  # nothing was started
+        raise RequestError(error.asked, found=error.found, allowed=error.allowed, do=error.do) from error
     try:
         if overwrite:
             _clear(store)

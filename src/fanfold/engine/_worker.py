@@ -45,6 +45,7 @@ def main() -> None:
     if hello.role == "zygote":
         _zygote(channel, hello)
     else:
+        _watch_parent()
         _worker(channel, hello)
 
 
@@ -69,12 +70,31 @@ def _import_all(names: tuple[str, ...]) -> None:
             pass  # the worker that needs it says so, with the pip line
 
 
+class _orphan_guard:
+    """While this process does not look at its channel, it leaves as soon as its parent has ended."""
+
+    def __enter__(self) -> None:
+        parent = os.getppid()
+
+        def look(*_: object) -> None:
+            if os.getppid() != parent:
+                os._exit(1)
+
+        signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
 def _zygote(channel: Channel, hello: Hello) -> None:
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    _import_all(hello.imports)
+    with _orphan_guard():
+        _import_all(hello.imports)
     children: set[int] = set()
     channel.send(("ready", num_threads()))
     gc.collect()
@@ -92,7 +112,8 @@ def _zygote(channel: Channel, hello: Hello) -> None:
             for message in channel.drain():
                 match message:
                     case ("import", names):
-                        _import_all(names)
+                        with _orphan_guard():
+                            _import_all(names)
                         channel.send(("ready", num_threads()))
                     case ("fork", ticket, child_hello):
                         sock_fd, stderr_fd = channel.fds[:2]
@@ -164,8 +185,6 @@ def _worker(channel: Channel, hello: Hello) -> None:
     if hello.memory_bytes is not None:
         limit_memory(hello.memory_bytes)
     faulthandler.enable()  # a crash leaves its stack on stderr, which the parent keeps
-    if not sys.platform.startswith("linux"):
-        _watch_parent()
     stop = False
 
     def stopping() -> bool:
@@ -256,7 +275,7 @@ def portable(error: BaseException) -> BaseException:
 
 
 def _watch_parent() -> None:
-    """Where the kernel does not end orphans (macOS), a thread does."""
+    """A worker that was not forked from a zygote has a thread that ends it with its parent."""
     import threading
     import time
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fanfold.plan.plan import Unit
 
 
+LOADING = (-1, -1)  # said to `Desk.at` before the model is loaded
+
+
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """An instruction and what its doer must know beyond the numbers."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fanfold.data import journal
 from fanfold.data.source import Window
-from fanfold.engine.engine import Assignment
+from fanfold.engine.engine import LOADING, Assignment
 from fanfold.engine.schedule import Assemble, Compute, Load, Prepare, Schedule
 from fanfold.errors import (
     DataError,
@@ -213,6 +213,7 @@ class JobAgenda:
         leftovers: list[str] = []
         folders: set[str] = set()
         for unit, assignment, result in results:
+            self._at.pop(unit.name, None)
             match assignment.instruction:
                 case Prepare() as prepare:
                     if self._schedule.prepared(unit.name, prepare, result.costs):
@@ -264,11 +265,24 @@ class JobAgenda:
             return
         instruction = assignment.instruction
         at = self._at.pop(unit.name, None)
-        if isinstance(instruction, Compute) and at is not None:
+        if at == LOADING:
+            self._lost_while_loading(unit, what, cause)
+        elif isinstance(instruction, Compute) and at is not None:
             self._suspect(instruction, at, (error, what), cause)
         else:
             self._tell(Note(at_s=time.monotonic(), text=f"{unit.name} {what}; replaced"))
             self._retry(assignment, None, cause, None)
+
+    def _lost_while_loading(self, unit: Unit, what: str, cause: str) -> None:
+        self._tell(Note(at_s=time.monotonic(), text=f"{unit.name} {what} while it loaded the model; replaced"))
+        deaths = self._attempts[("load",)] = self._attempts.get(("load",), 0) + 1
+        if deaths >= MAX_ATTEMPTS:
+            raise UnitLost(
+                f"loading the model on {unit.name}",
+                found=f"units died of it {deaths} times; the last: {cause}",
+                allowed="a model that loads",
+                do="look at the last words; is there memory enough (fanfold machine)?",
+            )
 
     def tell(self, event: Event) -> None:
         if isinstance(event, BatchBegun):

@@ -43,7 +43,13 @@ class EmbedFlags:
 
 
 def run_embed(
-    flags: EmbedFlags, *, config: str | None, quiet: bool, color: bool, given: frozenset[str] = frozenset()
+    flags: EmbedFlags,
+    *,
+    config: str | None,
+    quiet: bool,
+    color: bool,
+    as_json: bool = False,
+    given: frozenset[str] = frozenset(),
 ) -> Run:
     """Carry out `fanfold embed`; `given` are the flags that stood on the command line."""
     from fanfold.job.embed import embed_files
@@ -62,6 +68,13 @@ def run_embed(
     values = asdict(flags)
     inputs, out = values.pop("inputs"), values.pop("out")
     values["keep"] = flags.keep
+    if out == "-" and as_json:
+        raise RequestError(
+            "--json with -o -",
+            found="rows and summary would both go to stdout",
+            allowed="one of the two",
+            do="write the rows to a file, or leave --json away",
+        )
     if out == "-":
         return _to_stdout(inputs, values, quiet=quiet, color=color)
     if "-" in inputs:

@@ -239,6 +239,10 @@ def _result(output: Output, summary: dict[str, Any], plan: dict[str, Any], store
 
 
 def _run_engine(work: JobWork, plan: Plan, agenda: JobAgenda, request: Request) -> None:
+    if work.source.total_bytes == 0:  # not one row: nothing is worth starting a unit for
+        while not agenda.done:
+            time.sleep(0.001)
+        return
     if plan.engine == "inline":
         engine = engines.engine_for("inline", imports=(), threads=1)
         with held_threads(work.threads):
@@ -345,6 +349,8 @@ def _stop_on_signals(agenda: JobAgenda, display: Display | None) -> Iterator[Non
         nonlocal seen
         seen += 1
         if seen > 1:
+            if display is not None:
+                display.stop()  # the terminal gets its cursor back
             engines.shutdown()
             os._exit(130)
         agenda.request_stop()

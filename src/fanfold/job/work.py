@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fanfold.data.durable import PosixStore
+from fanfold.engine.engine import LOADING
 from fanfold.engine.schedule import Assemble, Compute, Load, Prepare
-from fanfold.errors import InternalError
+from fanfold.errors import FanfoldError, InternalError, UnitLost, cause_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -186,8 +187,19 @@ class JobWork:
         if not desk.cache["loaded"]:
             from fanfold.machine.threads import hold_threads
 
+            desk.at(*LOADING)
             with desk.timed("load"):
-                opened.load()
+                try:
+                    opened.load()
+                except FanfoldError:
+                    raise
+                except Exception as error:
+                    raise UnitLost(
+                        f"loading the model on {desk.unit.name}",
+                        found=cause_line(error),
+                        allowed="a model that loads",
+                        do="run again with --verbose to see where it failed",
+                    ) from error
                 hold_threads(self.threads)  # inline, the engine's caller gives the process its settings back
             desk.cache["loaded"] = True
         return opened

@@ -128,6 +128,8 @@ def _read_head(checkpoint: Checkpoint) -> Head:
         if mode not in MODES:
             _unsupported(checkpoint, f"pooling {mode}", "pooling " + ", ".join(MODES))
     prompts_file = optional_json(path / "config_sentence_transformers.json") or {}
+    if not isinstance(prompts_file.get("prompts") or {}, dict):
+        raise damaged_file(path / "config_sentence_transformers.json", "prompts is not an object")
     return Head(
         modes=modes,
         include_prompt=include_prompt,
