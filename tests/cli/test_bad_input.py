@@ -254,12 +254,12 @@ class TestOutputs:
             pytest.skip("this machine does not let us mount a read-only file system (unshare --mount)")
         for name in ("frozen", "frozen/out", "frozen/out.parquet"):
             done = fanfold("embed", "docs.jsonl", "-o", name, before=before)
-            refused(done, 1, "Read-only file system", "frozen", "-o")
+            refused(done, 2, "Read-only file system", "frozen", "-o")
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="permission bits do not bind root")
     def test_a_folder_without_permission(self, fanfold, docs, tmp_path):
         (tmp_path / "frozen").mkdir(mode=0o500)
-        refused(fanfold("embed", "docs.jsonl", "-o", "frozen"), 1, "Permission denied", "frozen", "-o")
+        refused(fanfold("embed", "docs.jsonl", "-o", "frozen"), 2, "Permission denied", "frozen", "-o")
 
 
 # -- models -------------------------------------------------------------------------------------------

@@ -398,20 +398,20 @@ def check_every_failure(job, expected, monkeypatch, name, code):
         if job.folder.exists():
             shutil.rmtree(job.disk)
             job.disk.mkdir()
+        said = None
         with monkeypatch.context() as patch:
             fault = FailsOnce(patch, name, code, at)
             try:
                 job.run(sync=True)
             except FanfoldError as error:
-                assert isinstance(error, StorageError), f"call {at}: {error}"
-                assert error.exit_code == 1
-                wanted = "disk full" if code == errno.ENOSPC else os.strerror(code)
-                assert wanted in error.found, f"call {at}: {error}"
-                assert str(job.disk) in error.asked
-            else:
-                if not fault.failed:
-                    return at - 1
-                raise AssertionError(f"call {at} of {name} failed and nobody said so")
+                said = error
+        if not fault.failed:
+            assert said is None
+            return at - 1
+        assert isinstance(said, StorageError), f"call {at} of {name} failed: {said}"
+        assert said.exit_code == 1
+        assert ("disk full" if code == errno.ENOSPC else os.strerror(code)) in said.found, f"call {at}: {said}"
+        assert str(job.disk) in said.asked
         try:
             check_visible(job, [expected], log_holds=(job.folder / "run.json").exists())
             check_outcome(job.outcome(job.run(sync=False).summary), expected)

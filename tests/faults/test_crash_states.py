@@ -26,7 +26,6 @@ from fanfold.engine import inline
 from fanfold.job import fingerprint as job_fingerprint
 from fanfold.job import prepare
 from fanfold.job import run as job_run
-from fanfold.job import work as job_work
 from fanfold.job.request import Request
 from fanfold.job.run import run_job
 from fanfold.report import timeline

@@ -104,7 +104,7 @@ def test_a_lease_check_that_takes_everything_is_noticed(job, tmp_path, monkeypat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Schedule, "_take_back", take_back)
-        with pytest.raises(Exception) as noticed:  # noqa: PT011, B017  which check sees it first does not matter
+        with pytest.raises(Exception) as noticed:  # which check sees it first does not matter
             check_late_twin(job, expected, monkeypatch)
     print(f"noticed: {noticed.value!r}")
     again = Job(tmp_path / "again", "out")
@@ -120,7 +120,7 @@ def test_a_log_whose_checksums_are_not_compared_is_noticed(job, tmp_path, monkey
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal, "decode", decode)
-        with pytest.raises(BaseException) as noticed:  # noqa: PT011, B017  pytest's own "did not raise" included
+        with pytest.raises(BaseException) as noticed:  # pytest's own "did not raise" included
             check_tampered_line_is_refused(job, monkeypatch)
     assert not isinstance(noticed.value, KeyboardInterrupt | SystemExit)
     print(f"noticed: {noticed.value!r}")

@@ -13,7 +13,7 @@ from fanfold.testing.stores import MemoryObjects, StoreSuite
 class TestPosixStore(StoreSuite):
     @pytest.fixture
     def make(self, tmp_path):
-        return lambda: PosixStore(tmp_path / "out", sync=False)
+        return lambda: PosixStore(tmp_path / "out")
 
 
 class TestObjectStore(StoreSuite):

@@ -30,7 +30,7 @@ from fanfold.data.durable import holder_stamp
 from fanfold.errors import PlanError, ResumeError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
 T = TypeVar("T")
 
@@ -248,7 +248,7 @@ class ObjectStore:
         key = str(self.root / name)
         return "" if key == "." else key
 
-    def _segments(self, name: str, *, whole: bool = True) -> list[str]:
+    def _segments(self, name: str, *, whole: bool = True) -> Sequence[str]:
         """The numbered objects under the name, in order; with `whole`, from 0 on and without a gap."""
         numbers = [int(number) for number in self.list(name) if number.isdigit()]
         if whole and numbers != list(range(len(numbers))):
