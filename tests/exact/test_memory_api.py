@@ -267,15 +267,70 @@ def test_a_second_call_finds_the_workers_warm(folder, expected):
 def test_from_a_thread(folder, expected):
     found = {}
 
-    def call(name, on):
-        found[name] = ff.embed(TEXTS, model=folder, on=on)
+    def call():
+        found.update(vectors=ff.embed(TEXTS, model=folder, on="cpu:2"))
 
-    threads = [threading.Thread(target=call, args=(str(i), on)) for i, on in enumerate(("cpu:2", "cpu:2", "inline"))]
+    in_threads(call)
+    assert found["vectors"].tobytes() == expected.tobytes()
+
+
+def in_threads(*functions):
+    threads = [threading.Thread(target=function) for function in functions]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert {name: vectors.tobytes() for name, vectors in found.items()} == dict.fromkeys("012", expected.tobytes())
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_from_two_threads_at_once(folder, expected):
+    """Warm from the test before: the jobs follow each other and do not mix."""
+    found = {}
+    calls = [lambda i=i: found.update({i: ff.embed(TEXTS, model=folder, on="cpu:2")}) for i in range(2)]
+    in_threads(*calls)
+    assert {i: vectors.tobytes() for i, vectors in found.items()} == dict.fromkeys((0, 1), expected.tobytes())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="zygotes are there on Linux only")
+def test_two_threads_start_one_zygote():
+    from fanfold.job import engines
+
+    ff.shutdown()
+    try:
+        for _ in range(5):
+            barrier = threading.Barrier(2)
+
+            def warm_up(barrier=barrier):
+                barrier.wait(5)
+                engines.warm_up(("json",), 1)
+
+            in_threads(warm_up, warm_up)
+            assert len(children()) == 1
+            ff.shutdown()
+    finally:
+        ff.shutdown()
+        for pid in children():  # the zygotes that nobody owns
+            psutil.Process(pid).kill()
+
+
+def test_two_inline_calls_at_once_leave_the_callers_threads_as_they_were():
+    """The order in which two threads come and go, laid out: a begins, b begins, a ends, b ends."""
+    import torch
+
+    from fanfold.machine.threads import held_threads
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        a, b = held_threads(1), held_threads(1)
+        a.__enter__()
+        b.__enter__()
+        a.__exit__(None, None, None)
+        during = torch.get_num_threads()
+        b.__exit__(None, None, None)
+        assert (during, torch.get_num_threads()) == (1, 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 SCRIPT = """

@@ -270,7 +270,7 @@ def crash_states(record: Record, *, recent: int = RECENT, since: int = 0) -> lis
     A crash comes after each step (the last included). What was flushed by then is there. Exhaustive in all
     combinations would be exponential, so of the rest
 
-    - names: all changes kept; none; and, of the `recent` newest ones, each lost alone and each kept alone. Older
+    - names: all changes kept; none; none of one folder; each of the `recent` newest ones lost or kept alone. Older
       ones had their turn at an earlier step, when they were the newest: what comes later in the record only adds
       to what is kept. What depends on a lost change (a name of its folder, the same name again) is lost with it.
     - bytes: all files alike get everything, nothing, the first block of 512 and of 4096 bytes, all but the last
@@ -311,6 +311,10 @@ def _states_at(record: Record, moment: int, safe: set[int], recent: int) -> Iter
         for choice in everywhere:
             chosen = {number: choices.get(choice, choices["everything"]) for number, choices in loose.items()}
             yield state(lost, chosen, f"{how}; {choice} of the unflushed bytes")
+    for folder in sorted({_folder_of(name) for at in pending for name in _names(steps[at])}):
+        within = [at for at in pending if folder in map(_folder_of, _names(steps[at]))]
+        lost = set().union(*(_dependents(steps, at) for at in within))
+        yield state(lost - safe, {}, f"no unflushed name in {folder} kept")
     nothing = {number: choices["nothing"] for number, choices in loose.items()}
     for at in pending[max(0, len(pending) - recent) :]:
         alone = set(pending) - _needed(steps, at)
