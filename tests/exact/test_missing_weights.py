@@ -124,6 +124,21 @@ def test_a_projection_that_lacks_its_bias_is_refused(checkpoint):
     assert caught.value.exit_code == 2
 
 
+def test_a_load_that_failed_fails_again(checkpoint):
+    """Half a model must not pass for a whole one: the projection would be left away without a word."""
+    from fanfold.plan.numerics import Numerics
+    from fanfold.plan.plan import Unit
+    from fanfold.tasks.embed import make_embed
+
+    folder = checkpoint("bert", head={"dense": 48})
+    change_weights(folder, lambda weights: {"linear.weight": weights["linear.weight"]}, "2_Dense/model.safetensors")
+    opened = make_embed(model=str(folder)).open(Unit(name="inline"), Numerics())
+    ids = opened.prepare(["a text"]).ids
+    for call in (opened.load, opened.load, lambda: opened.compute(ids, len(ids[0]))):
+        with pytest.raises((FanfoldError, RuntimeError)):
+            call()
+
+
 def test_a_projection_that_is_cut_off_is_refused(checkpoint):
     folder = checkpoint("bert", head={"dense": 24})
     path = folder / "2_Dense" / "model.safetensors"

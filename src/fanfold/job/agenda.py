@@ -68,6 +68,7 @@ class _OpenWindow:
     costs: tuple[int, ...] = ()  # per piece
     leases: dict[int, tuple[int, str | None, str | None]] = field(default_factory=dict)  # first -> last, name, sha256
     rescued: tuple[str, str] | None = None  # name and sha256 of rows saved from an older output
+    lines: dict[int, dict[str, Any]] = field(default_factory=dict)  # first -> the lease's line in the log
     failed: set[int] = field(default_factory=set)
 
 
@@ -226,6 +227,7 @@ class JobAgenda:
                         entries.append(self._publish_lease(lease, result))
                         folders.add("pieces")
                     else:
+                        self._check_twin(lease, result)
                         leftovers.append(result.temporary)
                 case Assemble() as part if isinstance(result, Damaged):
                     entries += self._lose(unit, part, result)
@@ -428,7 +430,20 @@ class JobAgenda:
         self._count_lease(window, entry)
         return entry
 
+    def _check_twin(self, lease: Compute, result: LeaseDone) -> None:
+        """A late result of pieces that are committed already must have the same bytes: the determinism alarm."""
+        window = self._open.get(lease.window)
+        last, name, sha256 = (window.leases.get(lease.first) if window else None) or (None, None, None)
+        if last == result.last and sha256 is not None and sha256 != result.sha256:
+            raise DifferenceFound(
+                f"window {lease.window}, pieces {lease.first}-{result.last}, computed twice",
+                found=f"other bytes than before: {name} has sha256 {sha256}, {result.temporary} has {result.sha256}",
+                allowed="the same bytes every time (level B)",
+                do="both files are kept; is the task random, or the machine broken? --overwrite starts anew",
+            )
+
     def _count_lease(self, window: _OpenWindow, entry: dict[str, Any]) -> None:
+        window.lines[entry["first"]] = entry
         self.totals.rows_computed += entry["rows"]
         self.totals.tokens += entry["tokens"]
         self.totals.padded_tokens += entry["padded_tokens"]
@@ -470,6 +485,7 @@ class JobAgenda:
             for first, (_, name, _) in sorted(window.leases.items()):
                 if name in names:
                     del window.leases[first]
+                    self._uncount_lease(window, window.lines.pop(first))
                     self._store.remove(str(name))
                     entries.append({"kind": "lost", "window": index, "first": first})
                     self._tell(Note(at_s=time.monotonic(), text=f"{name} is damaged: its rows are computed again"))
@@ -485,6 +501,16 @@ class JobAgenda:
                 do="check the disk, then run the same command again",
             )
         return entries
+
+    def _uncount_lease(self, window: _OpenWindow, entry: dict[str, Any]) -> None:
+        """As if it had never been: its rows and its failures."""
+        self.totals.rows_computed -= entry["rows"]
+        self.totals.tokens -= entry["tokens"]
+        self.totals.padded_tokens -= entry["padded_tokens"]
+        offsets = {failure["offset"] for failure in entry["failed"]}
+        window.failed -= offsets
+        rows = {window.detail.window.first_row + offset for offset in offsets}
+        self.totals.failures = [failure for failure in self.totals.failures if failure["row"] not in rows]
 
     def _publish(self, temporary: str, name: str, sha256: str) -> None:
         """Put it under its name; what stands there already must be the same."""

@@ -7,17 +7,17 @@ writes it. Workers read and write files themselves; only names, counts and hashe
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fanfold.data.durable import PosixStore
+from fanfold.data.durable import PosixStore, storage_error
 from fanfold.engine.engine import LOADING
 from fanfold.engine.schedule import Assemble, Compute, Load, Prepare
-from fanfold.errors import FanfoldError, InternalError, UnitLost, cause_line
+from fanfold.errors import FanfoldError, InternalError, StorageError, UnitLost, cause_line
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fanfold.data.source import RowFailure, Source, Window
     from fanfold.engine.engine import Assignment, Desk
     from fanfold.plan.numerics import Numerics
@@ -150,6 +150,19 @@ class JobWork:
         return self.numerics.threads_per_unit
 
     def carry_out(self, assignment: Assignment, desk: Desk) -> Any:
+        """The result for the agenda; whatever a full or broken disk causes comes out as StorageError."""
+        try:
+            return self._carry_out(assignment, desk)
+        except StorageError:
+            raise
+        except Exception as error:
+            cause = disk_error(error)
+            if cause is None:
+                raise
+            path = Path(cause.filename) if cause.filename else self.folder
+            raise storage_error(path, "writing results", cause) from error
+
+    def _carry_out(self, assignment: Assignment, desk: Desk) -> Any:
         from fanfold.job import assemble, compute, prepare
 
         store = PosixStore(self.folder, sync=self.sync)
@@ -203,6 +216,17 @@ class JobWork:
                 hold_threads(self.threads)  # inline, the engine's caller gives the process its settings back
             desk.cache["loaded"] = True
         return opened
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The disk's own error behind an error, where there is one: cleaning up after it often raises others."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def items_name(window: int) -> str:
