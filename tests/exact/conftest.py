@@ -58,7 +58,7 @@ def documents():
     return [
         {
             "id": f"doc-{i:04d}",
-            "text": texts[(53 * i) % len(texts)][: 1200 if i % 15 == 0 else 400],
+            "text": texts[(53 * i) % len(texts)][: 1200 if i % 25 == 0 else 160],
             "näme": f"Ünïcode 日本 {i} 😀" if i % 7 else None,
             "count": i * 3,
             "score": i / 8,

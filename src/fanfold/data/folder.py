@@ -71,6 +71,9 @@ def open_run(output: Output, *, overwrite: bool, sync: bool = True) -> tuple[Pos
         store.make_folders(FOLDERS)
         for name in store.list("tmp"):  # of runs that have died; the folder is ours alone now
             store.remove(f"tmp/{name}")
+        for name in store.list("."):
+            if name.endswith(".tmp") and name.rsplit(".", 2)[0] in _OURS:
+                store.remove(name)
         return store, read_json(store, RUN)
     except BaseException:
         store.close()
@@ -142,4 +145,5 @@ def _clear(store: PosixStore) -> None:
         store.remove(name)
     for name in FOLDERS:
         shutil.rmtree(store.path(name), ignore_errors=True)
+    store.sync_folder(".")  # without run.json, what is left would look like somebody else's
     store.remove(RUN)

@@ -74,6 +74,7 @@ def finish(
     store.replace(TRACE, timeline.trace())
     for folder in ("windows", "spool", "pieces", "tmp"):
         shutil.rmtree(store.path(folder), ignore_errors=True)
+    store.sync_folder(".")
     store.replace(SUCCESS, b"")
     return summary
 
@@ -167,6 +168,7 @@ def _publish_file(
         store.rename("tmp/output", str(target))
     for part in parts:
         store.remove(part["name"])
+    store.sync_folder("data")
     return sha256
 
 

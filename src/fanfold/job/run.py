@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fanfold import __version__
 from fanfold.data import journal
+from fanfold.data.durable import storage_error
 from fanfold.data.folder import QUARANTINE, RUN, SUCCESS, Output, open_run, read_json, write_json
 from fanfold.data.opening import open_source
 from fanfold.engine.local import Local
@@ -215,7 +216,10 @@ def _carry_out(
                 allowed="stopping at any time",
                 do="run the same command again to go on",
             )
-        summary = finish(work, plan, store, output, agenda.totals, timeline)
+        try:
+            summary = finish(work, plan, store, output, agenda.totals, timeline)
+        except OSError as error:  # copying and joining parts
+            raise storage_error(output.shown, "writing the output", error) from error
     finally:
         agenda.close()
         if display is not None:
