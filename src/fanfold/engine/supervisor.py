@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from fanfold.engine._worker import Hello
 from fanfold.engine.wire import Channel, Closed, pair
 from fanfold.errors import UnitLost
+from fanfold.machine.memory import processor_s
 
 if TYPE_CHECKING:
     from fanfold.plan.plan import Unit
@@ -186,11 +187,19 @@ class Supervisor:
         return popen, channel, StderrTail(stderr_read)
 
     def _wait_ready(self) -> None:
-        """Until the zygote has imported; UnitLost with its last words if it does not get there."""
+        """Until the zygote has imported; UnitLost with its last words if it does not get there.
+
+        On a busy machine imports take long: as long as it computes, it is waited for.
+        """
         deadline_s = time.monotonic() + START_TIMEOUT_S
+        worked_s = 0.0
         while not self._zygote_ready:
             channel = self._zygote_channel
             assert channel is not None
+            assert self._zygote is not None
+            now_worked_s = processor_s(self._zygote.pid)
+            if now_worked_s > worked_s:
+                worked_s, deadline_s = now_worked_s, time.monotonic() + START_TIMEOUT_S
             left_s = deadline_s - time.monotonic()
             with selectors.DefaultSelector() as selector:
                 selector.register(channel, selectors.EVENT_READ)
@@ -198,7 +207,7 @@ class Supervisor:
             if ready and not self._read_zygote():
                 self._start_failed("it ended while it was importing")
             if left_s <= 0:
-                self._start_failed(f"no answer within {START_TIMEOUT_S:.0f} s")
+                self._start_failed(f"no answer and no work within {START_TIMEOUT_S:.0f} s")
 
     def _start_failed(self, found: str) -> None:
         last_words = ""
