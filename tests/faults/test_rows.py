@@ -16,7 +16,7 @@ from fanfold.job.request import Request
 from fanfold.job.run import run_job
 from fanfold.testing.fakes import FakeOnUnit, FakeTask
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 
 NUM_ROWS, POISON = 2000, 1234
 
