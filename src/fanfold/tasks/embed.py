@@ -204,8 +204,9 @@ class EmbedOnUnit:
             if self.task.head.lower_case:
                 _lower_case(tokenizer)
             if self.task.prompt and not self.task.head.include_prompt:
-                # The closing special token belongs to the text, not to the prompt.
-                self._prompt_tokens = len(tokenizer(self.task.prompt)["input_ids"]) - 1
+                # A closing special token belongs to the text, not to the prompt.
+                tokens = tokenizer(self.task.prompt)["input_ids"]
+                self._prompt_tokens = len(tokens) - (bool(tokens) and tokens[-1] in tokenizer.all_special_ids)
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
             self._tokenizer = tokenizer
@@ -326,7 +327,8 @@ class EmbedOnUnit:
             elif mode == "max":
                 part = hidden_BLH.masked_fill(mask_BL.unsqueeze(-1) == 0, float("-inf")).amax(dim=1)
             elif mode == "lasttoken":
-                part = hidden_BLH[torch.arange(len(last_B), device=last_B.device), last_B]
+                part = hidden_BLH[torch.arange(len(last_B), device=last_B.device), last_B.clamp(min=0)]
+                part = part * (last_B >= 0).unsqueeze(-1)  # a text without a token is the zero vector
             else:  # cls: the first token that counts
                 part = hidden_BLH[:, self._prompt_tokens]
             parts.append(part.to(hidden_BLH.dtype))

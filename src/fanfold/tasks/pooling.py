@@ -22,6 +22,10 @@ _LEGACY = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+_LENGTH_FILES = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet", "transformer")
+)
 # Families whose position ids start behind the padding id: they have that many positions fewer.
 _OFFSET_POSITIONS = {
     "roberta",
@@ -103,7 +107,9 @@ def _read_head(checkpoint: Checkpoint) -> Head:
     """
     path = checkpoint.path
     hidden = first_of(checkpoint.config, "hidden_size", "d_model", "dim", "n_embd")
-    modes: tuple[str, ...] = ("mean",)
+    names = checkpoint.config.get("architectures") or [""]
+    decoder = str(names[0]).endswith("ForCausalLM")
+    modes: tuple[str, ...] = ("lasttoken",) if decoder else ("mean",)
     include_prompt, normalize, lower_case = True, False, False
     dense: list[Dense] = []
     max_length: int | None = None
@@ -111,7 +117,7 @@ def _read_head(checkpoint: Checkpoint) -> Head:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         folder = str(module.get("path", ""))
         if kind == "Transformer":
-            for name in ("sentence_bert_config.json", "sentence_transformer_config.json"):
+            for name in _LENGTH_FILES:
                 settings = optional_json(path / folder / name) or {}
                 max_length = settings.get("max_seq_length") or max_length
                 lower_case = bool(settings.get("do_lower_case", lower_case))
@@ -119,6 +125,10 @@ def _read_head(checkpoint: Checkpoint) -> Head:
             settings = optional_json(path / folder / "config.json") or {}
             modes, include_prompt = _modes(settings), bool(settings.get("include_prompt", True))
         elif kind == "Dense":
+            if normalize:
+                _unsupported(checkpoint, "a projection behind the normalisation", "projections before it")
+            if (optional_json(path / folder / "config.json") or {}).get("use_residual"):
+                _unsupported(checkpoint, "a projection with a residual", "plain projections")
             dense.append(_dense(folder, path / folder / "config.json"))
         elif kind == "Normalize":
             normalize = True
@@ -130,6 +140,8 @@ def _read_head(checkpoint: Checkpoint) -> Head:
     prompts_file = optional_json(path / "config_sentence_transformers.json") or {}
     if not isinstance(prompts_file.get("prompts") or {}, dict):
         raise damaged_file(path / "config_sentence_transformers.json", "prompts is not an object")
+    if prompts_file.get("truncate_dim"):
+        _unsupported(checkpoint, f"vectors cut to {prompts_file['truncate_dim']} values", "whole vectors")
     return Head(
         modes=modes,
         include_prompt=include_prompt,
@@ -138,13 +150,15 @@ def _read_head(checkpoint: Checkpoint) -> Head:
         width=dense[-1].out_features if dense else hidden * len(modes),
         max_length=max_length or _model_length(checkpoint),
         lower_case=lower_case,
-        prompts={str(name): str(text) for name, text in (prompts_file.get("prompts") or {}).items()},
+        prompts={str(name): str(text or "") for name, text in (prompts_file.get("prompts") or {}).items()},
         default_prompt=prompts_file.get("default_prompt_name"),
     )
 
 
 def num_positions(checkpoint: Checkpoint) -> int | None:
     """How many tokens the model can take at the most; None where positions are relative and unbounded."""
+    if checkpoint.model_type in ("t5", "mt5", "umt5", "longt5"):
+        return None
     positions = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
     if not isinstance(positions, int) or positions <= 0:
         return None
