@@ -191,7 +191,14 @@ def test_a_prompt_is_left_out_whole_where_no_special_token_closes_a_text(pooling
     head = {"pooling": pooling, "include_prompt": False, "prompts": PROMPTS, "default_prompt": "query"}
     folder = checkpoint("qwen3", head=head)
     write_tokenizer(folder, "qwen3", template="")
-    check(folder, texts=[text for text in mixed_texts() if text])
+    texts = [text for text in mixed_texts() if text]
+    # A text of which the prompt leaves nothing has no first token; what encode takes for it depends on the padding
+    # of its batch (position 0 of the padded row), so each text is given to it alone.
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    reference = model.encode(texts, batch_size=1, show_progress_bar=False)
+    check_same(ff.embed(texts, model=str(folder), on="inline"), reference)
 
 
 def test_lower_case_as_the_files_ask_for_it(checkpoint):

@@ -313,6 +313,35 @@ def test_two_threads_start_one_zygote():
             psutil.Process(pid).kill()
 
 
+def test_inline_computes_on_one_thread_where_the_caller_chose_more(folder, monkeypatch):
+    """torch.get_num_threads() does not tell: MKL keeps a number of its own once set_num_threads was called."""
+    import re
+
+    import torch
+
+    from fanfold.tasks.embed import EmbedOnUnit
+
+    found = []
+    compute = EmbedOnUnit.compute
+
+    def watched(self, ids, length):
+        found.append(dict(re.findall(r"(\w+_get_max_threads)\(\) : (\d+)", torch.__config__.parallel_info())))
+        return compute(self, ids, length)
+
+    monkeypatch.setattr(EmbedOnUnit, "compute", watched)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        ff.embed(TEXTS, model=folder, on="inline")
+    finally:
+        torch.set_num_threads(before)
+    assert found
+    if not found[0]:
+        pytest.skip("this torch says nothing of its libraries' threads")
+    for threads in found:
+        assert set(threads.values()) == {"1"}, threads
+
+
 def test_two_inline_calls_at_once_leave_the_callers_threads_as_they_were():
     """The order in which two threads come and go, laid out: a begins, b begins, a ends, b ends."""
     import torch

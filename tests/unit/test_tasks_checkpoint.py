@@ -736,7 +736,7 @@ def test_without_it_the_smaller_of_tokenizer_and_positions_counts(tmp_path, toke
         ({"model_type": "mpnet", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
         ({"model_type": "camembert", "max_position_embeddings": 514, "pad_token_id": 0}, 513),
         ({"model_type": "modernbert", "max_position_embeddings": 8192, "pad_token_id": 50283}, 8192),
-        ({"model_type": "t5", "n_positions": 512}, 512),
+        ({"model_type": "t5", "n_positions": 512}, None),  # relative positions: no limit
         ({"max_position_embeddings": 0}, None),
         ({"max_position_embeddings": -1}, None),
         ({"max_position_embeddings": "512"}, None),

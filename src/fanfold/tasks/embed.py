@@ -328,9 +328,10 @@ class EmbedOnUnit:
                 part = hidden_BLH.masked_fill(mask_BL.unsqueeze(-1) == 0, float("-inf")).amax(dim=1)
             elif mode == "lasttoken":
                 part = hidden_BLH[torch.arange(len(last_B), device=last_B.device), last_B.clamp(min=0)]
-                part = part * (last_B >= 0).unsqueeze(-1)  # a text without a token is the zero vector
+                part = part * mask_BL.any(dim=1).unsqueeze(-1)  # a text without a token is the zero vector
             else:  # cls: the first token that counts
-                part = hidden_BLH[:, self._prompt_tokens]
+                first_B = mask_BL.to(torch.int32).argmax(dim=1)
+                part = hidden_BLH[torch.arange(len(first_B), device=first_B.device), first_B]
             parts.append(part.to(hidden_BLH.dtype))
         return torch.cat(parts, dim=-1)
 
