@@ -549,7 +549,10 @@ def head(tmp_path, files, **config):
 
 
 def modules(*kinds):
-    return [{"idx": i, "path": f"{i}_{kind}" if i else "", "type": f"x.{kind}"} for i, kind in enumerate(kinds)]
+    return [
+        {"idx": i, "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
 
 
 def pooled(tmp_path, settings, *, kinds=("Transformer", "Pooling"), more=None, **config):

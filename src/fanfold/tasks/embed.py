@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fanfold import extras
-from fanfold.errors import InputError, InternalError, PlanError, RequestError, SafetyError
+from fanfold.errors import InputError, InternalError, PlanError, RequestError, SafetyError, cause_line
 from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint
 from fanfold.tasks.pooling import Head, num_positions, read_head, weights_of
 from fanfold.tasks.task import Column, Prepared
@@ -240,6 +240,7 @@ class EmbedOnUnit:
                 use_safetensors=True,
                 dtype=dtype,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
         missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
         if missing or report["mismatched_keys"]:
@@ -256,9 +257,20 @@ class EmbedOnUnit:
                 allowed="encoders, decoders used as encoders, and the encoders of " + ", ".join(_ENCODERS),
                 do="choose an embedding model",
             )
-        self._model = model.eval().to(self.device)
-        self._dense = [self._open_dense(dense, dtype) for dense in self.task.head.dense]
+        self._dense = [self._checked_dense(dense, dtype) for dense in self.task.head.dense]
         self._open_tokenizer()
+        self._model = model.eval().to(self.device)  # last: what failed above fails again
+
+    def _checked_dense(self, dense: Any, dtype: Any) -> tuple[Any, Any]:
+        try:
+            return self._open_dense(dense, dtype)
+        except (RuntimeError, KeyError, IndexError) as error:
+            raise InputError(
+                f"loading {self.task.checkpoint.shown}",
+                found=f"weights of {dense.folder} missing or of another shape: {cause_line(error)}",
+                allowed="a checkpoint that holds every weight of its config",
+                do="save or download the model again",
+            ) from error
 
     def _open_dense(self, dense: Any, dtype: Any) -> tuple[Any, Any]:
         import torch
@@ -359,7 +371,7 @@ class _refusals:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         damaged = type(error).__name__ == "SafetensorError"
-        if not damaged and not isinstance(error, ValueError | OSError | KeyError | ImportError):
+        if not damaged and not isinstance(error, ValueError | OSError | KeyError | ImportError | RuntimeError):
             return
         if "trust_remote_code" in str(error):
             raise SafetyError(

@@ -114,8 +114,23 @@ def _read_head(checkpoint: Checkpoint) -> Head:
     dense: list[Dense] = []
     max_length: int | None = None
     for module in optional_json(path / "modules.json", list) or []:
-        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
+        named = str(module.get("type", ""))
+        kind = named.rsplit(".", 1)[-1]
         folder = str(module.get("path", ""))
+        if not named.startswith("sentence_transformers."):
+            raise SafetyError(
+                f"model {checkpoint.shown}",
+                found=f"module {named}: Python code that comes with the model",
+                allowed="modules of sentence-transformers itself",
+                do="choose another checkpoint",
+            )
+        if folder.startswith("/") or ".." in folder.split("/"):
+            raise SafetyError(
+                f"model {checkpoint.shown}",
+                found=f"a module outside the model's folder: {folder}",
+                allowed="folders inside it",
+                do="choose another checkpoint",
+            )
         if kind == "Transformer":
             for name in _LENGTH_FILES:
                 settings = optional_json(path / folder / name) or {}
