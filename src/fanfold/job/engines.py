@@ -19,7 +19,8 @@ _used_s = 0.0
 
 def warm_up(imports: tuple[str, ...], threads: int) -> None:
     """Begin the imports of the workers to come; returns at once."""
-    _local(imports, threads).warm_up()
+    with _lock:
+        _local(imports, threads).warm_up()
 
 
 def engine_for(kind: str, *, imports: tuple[str, ...], threads: int) -> Inline | Local:

@@ -53,6 +53,8 @@ def embed_in_memory(
     texts = texts_of(data, column)
     if not texts:
         vectors = np.empty((0, width), dtype=np.float32)
+    elif on_error == "null" and all(text is None for text in texts):
+        vectors = np.full((len(texts), width), math.nan, dtype=np.float32)
     else:
         with tempfile.TemporaryDirectory(prefix="fanfold-") as folder:
             path = Path(folder) / "texts.parquet"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import InternalError
 
@@ -12,7 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_torch_before: list[int] = []  # what torch had before it was held, oldest first
+_lock = threading.Lock()
+_held: list[tuple[int, Any]] = []  # one entry per holder: torch's threads before the first, and its limits
 
 
 def hold_threads(num_threads: int) -> None:
@@ -24,9 +27,8 @@ def hold_threads(num_threads: int) -> None:
     import threadpoolctl
 
     torch = sys.modules.get("torch")
-    if torch is not None and torch.get_num_threads() != num_threads:
-        _torch_before.append(torch.get_num_threads())
-        torch.set_num_threads(num_threads)
+    if torch is not None:
+        torch.set_num_threads(num_threads)  # always: what MKL inside torch keeps, torch itself may not tell
     over = _over(num_threads)
     if over:
         threadpoolctl.threadpool_limits(limits=num_threads)
@@ -48,14 +50,24 @@ def held_threads(num_threads: int) -> Iterator[None]:
     """
     import threadpoolctl
 
-    with threadpoolctl.threadpool_limits(limits=num_threads):
-        _torch_before.clear()
+    with _lock:
+        if not _held:
+            torch = sys.modules.get("torch")
+            before = torch.get_num_threads() if torch is not None else os.cpu_count() or 1
+            _held.append((before, threadpoolctl.threadpool_limits(limits=num_threads)))
+        else:
+            _held.append(_held[0])
+    try:
         hold_threads(num_threads)
-        try:
-            yield
-        finally:
-            if _torch_before:
-                sys.modules["torch"].set_num_threads(_torch_before[0])
+        yield
+    finally:
+        with _lock:
+            before, limits = _held.pop()
+            if not _held:  # the last one out
+                limits.restore_original_limits()
+                torch = sys.modules.get("torch")
+                if torch is not None:
+                    torch.set_num_threads(before)
 
 
 def _over(num_threads: int) -> list[str]:
