@@ -117,7 +117,8 @@ def embed(
     no_color
         No colors (also the variable NO_COLOR).
     """
-    from fanfold.job.command import EmbedFlags, names_of, run_embed
+    from fanfold.job.command import EmbedFlags, run_embed
+    from fanfold.job.request import names_of
 
     flags = EmbedFlags(
         inputs=tuple("-" if name == DASH else name for name in inputs),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import RequestError
+from fanfold.job.request import names_of
 
 if TYPE_CHECKING:
     from fanfold.job.run import Run
@@ -106,11 +107,6 @@ def _to_stdout(inputs: tuple[str, ...], values: dict[str, Any], *, quiet: bool, 
                 shutil.copyfileobj(rows, sys.stdout.buffer)
             sys.stdout.buffer.flush()
         return run
-
-
-def names_of(keep: str) -> str | tuple[str, ...]:
-    """What --keep says: all, none, or names with commas."""
-    return keep if keep in ("all", "none") else tuple(name for name in keep.split(",") if name)
 
 
 def with_config(flags: EmbedFlags, path: Path, given: frozenset[str] = frozenset()) -> EmbedFlags:

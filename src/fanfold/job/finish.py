@@ -136,7 +136,7 @@ def _publish_file(
     an earlier file holds already (appended input) are taken from there.
     """
     wanted = [[part["part"], part["sha256"]] for part in parts]
-    current = _sha256(target) if target.exists() and before is not None else None
+    current = hash_of(target) if target.exists() and before is not None else None
     if before is not None and current == before["sha256"] and before["parts"] == wanted:
         sha256 = str(current)
     else:
@@ -163,7 +163,7 @@ def _publish_file(
         else:
             _join_lines(names, temporary, has_header=work.output.format == "csv")
         store.seal("tmp/output")
-        sha256 = _sha256(temporary)
+        sha256 = hash_of(temporary)
         journal.append(store, [{"kind": "file", "parts": wanted, "sha256": sha256}])
         store.rename("tmp/output", str(target))
     for part in parts:
@@ -172,7 +172,8 @@ def _publish_file(
     return sha256
 
 
-def _sha256(path: Path) -> str:
+def hash_of(path: Path) -> str:
+    """sha256 of the file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -17,6 +17,11 @@ ON_ERROR = ("quarantine", "null", "stop")
 TOO_LONG = ("truncate", "quarantine")
 
 
+def names_of(keep: str) -> str | tuple[str, ...]:
+    """What --keep says: all, none, or names with commas."""
+    return keep if keep in ("all", "none") else tuple(name for name in keep.split(",") if name)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One job. Field names are the command line's flags."""
@@ -42,8 +47,8 @@ class Request:
     stdin: Any = field(default=None)
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, str) and self.keep not in ("all", "none"):
-            object.__setattr__(self, "keep", tuple(name for name in self.keep.split(",") if name))
+        if isinstance(self.keep, str):
+            object.__setattr__(self, "keep", names_of(self.keep))
         if self.on_error not in ON_ERROR:
             raise RequestError(
                 f"--on-error {self.on_error}",

@@ -5,7 +5,6 @@ Whole batches, because the composition of a batch is part of the result. Every c
 
 from __future__ import annotations
 
-import hashlib
 import random
 import tempfile
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from fanfold.engine.engine import Desk
 from fanfold.errors import DifferenceFound, ResumeError
 from fanfold.job.compute import batches_of, compute_rows
 from fanfold.job.fingerprint import check_same, fingerprint
-from fanfold.job.finish import output_sha256
+from fanfold.job.finish import hash_of, output_sha256
 from fanfold.job.opened import OpenedRun, open_existing
 from fanfold.job.prepare import prepare_window
 from fanfold.job.request import Request
@@ -312,7 +311,7 @@ def _check_sums(opened: OpenedRun) -> None:
     for path, sha256 in paths:
         if not path.exists():
             found = "it is gone"
-        elif sha256 is not None and _sha256(path) != sha256:
+        elif sha256 is not None and hash_of(path) != sha256:
             found = "its bytes are not those that were committed"
         else:
             continue
@@ -337,8 +336,3 @@ def _single_sha256(opened: OpenedRun, parts: list[dict[str, Any]]) -> str | None
         )
     sha256: str | None = summary.get("file_sha256")
     return sha256
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
