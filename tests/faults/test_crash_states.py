@@ -7,6 +7,7 @@ leaves out stands in the docstring of `crash_states`). Each state is looked at a
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
 import json
 import re
@@ -85,13 +86,14 @@ class Outcome:
 class Job:
     """A small job with one bad row; its disk is the folder that crashes."""
 
-    def __init__(self, folder, out_name, *, width=4):
+    def __init__(self, folder, out_name, *, width=4, source="in.jsonl"):
         self.disk = folder / "disk"
         self.disk.mkdir(parents=True)
         self.out = self.disk / out_name
         self.folder = self.out.with_name(out_name + ".run") if self.out.suffix else self.out
-        self.source = folder / "in.jsonl"
-        self.source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+        self.source = folder / source
+        data = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+        self.source.write_bytes(gzip.compress(data) if source.endswith(".gz") else data)
         self.task = FakeTask(width=width, faults={POISON: "raise"})
 
     def run(self, *, task=None, **settings):
@@ -107,9 +109,10 @@ class Job:
                 is_result = path == self.out or path.parent.name == "data"
                 name = str(path.relative_to(self.disk))
                 files[name] = hashlib.sha256(path.read_bytes()).hexdigest() if is_result else ""
+        quarantine = self.folder / "quarantine.jsonl"
         return Outcome(
             files=files,
-            quarantine=(self.folder / "quarantine.jsonl").read_bytes(),
+            quarantine=quarantine.read_bytes() if quarantine.exists() else b"",
             output_sha256=summary["output_sha256"],
             rows=(summary["rows_in"], summary["rows_ok"], summary["rows_failed"]),
         )
@@ -133,7 +136,7 @@ def check_visible(job, finished, *, log_holds=True):
             assert standing in wanted, "_SUCCESS beside parts that are not the whole output"
         else:  # the parts that the file was made of go at some time
             assert any(whole.items() <= standing.items() for whole in wanted), "_SUCCESS without the output"
-        assert json.loads((job.folder / "summary.json").read_bytes())["rows_in"] == len(TEXTS)
+        assert json.loads((job.folder / "summary.json").read_bytes())["rows_in"] in {done.rows[0] for done in finished}
     elif job.out.is_file():
         assert hashlib.sha256(job.out.read_bytes()).hexdigest() in results, "half an output file"
     for path in job.folder.glob("pieces/*"):
@@ -232,7 +235,7 @@ def test_every_state_of_a_run_recovers(folder):
     check_all(job, crash_states(record, recent=2), expected)
 
 
-@pytest.mark.parametrize("name", ["out.parquet", "out.jsonl"])
+@pytest.mark.parametrize("name", ["out.parquet", "out.jsonl", "out.csv"])
 def test_every_state_while_one_file_is_made_recovers(folder, name):
     """The first part of the job is that of a folder; from the last part's line in the log on it is not."""
     job = Job(folder, name)
@@ -268,6 +271,39 @@ def test_every_state_of_an_overwrite_recovers(folder, name):
     states = crash_states(replace(record, steps=record.steps[:until]), recent=2 if name == "out" else 1)
     states += crash_states(record, recent=1, since=len(record.steps) - 8)  # in between it is a run like any other
     check_all(job, states, expected, finished=[expected, old_outcome], log_holds=False, overwrite=True)
+
+
+def test_every_state_of_a_run_over_a_packed_input_recovers(folder):
+    """Its rows are unpacked into the run folder, window by window."""
+    job = Job(folder, "out", source="in.jsonl.gz")
+    record, expected = recorded(job)
+    assert any("/spool/" in getattr(step, "name", "") for step in record.steps)
+    check_all(job, crash_states(record, recent=1), expected)
+
+
+@pytest.mark.parametrize("name", ["out", "out.jsonl"])
+def test_every_state_while_failed_rows_are_tried_again_recovers(folder, name):
+    """Until the new output stands complete, either the old one does or none; then the new one, all rows in it."""
+    job = Job(folder, name)
+    old = job.outcome(job.run().summary)
+    mended = replace(job.task, faults={})
+    record, expected = recorded(job, task=mended, retry_failed=True)
+    assert (old.rows, expected.rows) == ((14, 13, 1), (14, 14, 0))
+    states = crash_states(record, recent=1)
+    check_all(job, states, expected, finished=[old, expected], log_holds=False, task=mended, retry_failed=True)
+
+
+@pytest.mark.parametrize("name", ["out", "out.jsonl"])
+def test_every_state_while_appended_rows_are_computed_recovers(folder, name):
+    job = Job(folder, name)
+    old = job.outcome(job.run().summary)
+    with job.source.open("a") as file:
+        for text in TEXTS[:7]:
+            file.write(json.dumps({"text": "more " + text}) + "\n")
+    record, expected = recorded(job, allow_append=True)
+    assert expected.rows == (21, 20, 1)
+    states = crash_states(record, recent=1)
+    check_all(job, states, expected, finished=[old, expected], log_holds=False, allow_append=True)
 
 
 # -- the model itself ---------------------------------------------------------------------------------

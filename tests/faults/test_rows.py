@@ -56,6 +56,7 @@ FAULTS = {
     "segfault": ("Segfault", "killed by SIGSEGV", {}),
     "exit": ("UnitLost", "ended with exit code 7", {}),
     "hang": ("Hang", "no sign of life for 1 s", {"timeout_batch": "1s"}),
+    "spin": ("Hang", "no sign of life for 1 s", {"timeout_batch": "1s"}),
     "memory": ("OutOfMemory", "--memory-per-unit", {"memory_per_unit": "300MB"}),
 }
 

@@ -257,6 +257,48 @@ def read_message(process, within_s=5.0):
 
 
 @pytest.mark.timeout(120)
+def test_a_frozen_worker_is_replaced_and_can_not_come_back(docs, expected, tmp_path):
+    """SIGSTOP: its lease ends with its life, so there is no twin to wake up later."""
+    frozen, batches = [], 0
+
+    def on_event(event):
+        nonlocal batches
+        batches += isinstance(event, Batch)
+        if isinstance(event, Batch) and batches == 50 and not frozen:
+            frozen.append(listener.pids[event.unit])
+            os.kill(frozen[0], signal.SIGSTOP)
+
+    listener = Listener(on_event)
+    request = Request(inputs=(str(docs),), out=tmp_path / "out", on="cpu:2", timeout_batch="1s")
+    done = run_job(FakeTask(token_s=SLOW), request, listener)
+    assert bytes_of(tmp_path / "out") == expected
+    assert done.exit_code == 0
+    (died,) = listener.of(UnitDied)
+    assert "no sign of life for 1 s" in died.cause
+    assert not alive(frozen[0])
+
+
+@pytest.mark.timeout(120)
+def test_a_job_that_was_stopped_as_a_whole_loses_no_worker(docs, expected, tmp_path):
+    """Ctrl-Z, and fg much later: nobody was silent, all of them were stopped."""
+    out = tmp_path / "out"
+    script = JOB.replace('on="cpu:2")', 'on="cpu:2", timeout_batch="1s")')
+    with start_job(docs, out, script=script) as parent:
+        pids = read_until(parent, 40)
+        everybody = [parent.pid, *descendants(parent.pid)]
+        for pid in everybody:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(2.5)
+        for pid in everybody:
+            os.kill(pid, signal.SIGCONT)
+        rest = parent.stdout.read().splitlines()
+    assert parent.returncode == 0
+    assert rest[-1] == "done"
+    assert not [line for line in rest if line.startswith("pid")], f"{pids} were replaced"
+    assert bytes_of(out) == expected
+
+
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("fault", ["exit", "segfault"])
 def test_a_row_that_kills_its_worker_once_costs_a_retry(docs, expected, tmp_path, fault):
     text = json.loads(docs.read_text().splitlines()[1234])["text"]

@@ -28,6 +28,7 @@ _BUSY_POLL_S = 0.5
 _MAX_EARLY_DEATHS = 3  # deaths in a row of a unit that never finished anything
 _STOP_GRACE_S = 10.0
 _WEIGH_EVERY_S = 0.5
+_STOPPED_S = 0.5  # a wait that lasts so much longer than asked: this process did not run
 TIMEOUT_BATCH_S = 300.0
 
 
@@ -142,6 +143,8 @@ class Local:
                 pass  # its end is noticed when its channel is read
 
     def _wait(self, timeout_s: float) -> None:
+        """Until a process says something; time that we were stopped ourselves (Ctrl-Z) is nobody's silence."""
+        start_s = time.monotonic()
         with selectors.DefaultSelector() as selector:
             for seat in self._seats:
                 if seat.process is not None:
@@ -151,6 +154,10 @@ class Local:
             if self._supervisor.watched is not None:
                 selector.register(self._supervisor.watched, selectors.EVENT_READ)
             selector.select(timeout_s)
+        stopped_s = time.monotonic() - start_s - timeout_s
+        if stopped_s > _STOPPED_S:
+            for seat in self._seats:
+                seat.heard_s += stopped_s
 
     def _collect(self, agenda: Agenda) -> None:
         """Read all that has arrived; results that arrived together are committed together."""

@@ -88,7 +88,7 @@ class Totals:
     num_leases: int = 0
     failures: list[dict[str, Any]] = field(default_factory=list)
     parts: dict[int, dict[str, Any]] = field(default_factory=dict)
-    file: dict[str, Any] | None = None  # the one output file as last published
+    files: list[dict[str, Any]] = field(default_factory=list)  # the one output file, as it was published
     retries: dict[str, int] = field(default_factory=dict)
 
 
@@ -124,6 +124,7 @@ class JobAgenda:
         self._feed: Feed | None = None
         self._last_window: Window | None = None  # the scan goes on behind it
         self._known: dict[int, Window] = {}  # windows that the log knows
+        self._awaited: set[int] = set()  # of them, those whose rows are gone until the stream has brought them again
         self._generation: dict[int, int] = {}  # part -> how often it was opened again
         self._scanned_bytes = 0
         self.totals = Totals()
@@ -153,9 +154,9 @@ class JobAgenda:
                     for index in range(entry["first"], entry["last"] + 1):
                         del self._open[index]
                 case "file":
-                    self.totals.file = entry
+                    self.totals.files.append(entry)
                 case "reopen":
-                    self._generation[entry["part"]] = entry["generation"]
+                    self._generation.update((part["part"], part["generation"]) for part in entry["parts"])
         # Units prepare windows side by side: a crash may leave a later one in the log without an earlier one.
         index = 0
         while index in self._known:
@@ -163,9 +164,24 @@ class JobAgenda:
             index += 1
         if self._last_window is not None and self._last_window.sha256 is not None:
             self._last_window = None  # a stream is looked at from its beginning, and compared
-        for index, open_window in sorted(self._open.items()):
-            done = [(first, last) for first, (last, _, _) in open_window.leases.items()]
-            self._schedule.window_known(index, open_window.costs, done)
+        for index in sorted(self._open):
+            if self._stands_prepared(index):
+                self._resume_window(index)
+            else:
+                self._awaited.add(index)
+
+    def _stands_prepared(self, index: int) -> bool:
+        """Whether the window can be computed at once; a stream's may first have to come by again."""
+        detail = self._open[index].detail
+        return detail.window.sha256 is None or (
+            is_sound(self._store.path(items_name(index)), detail.items_sha256 or "")
+            and is_sound(self._store.path(kept_name(index)), detail.kept_sha256 or "")
+        )
+
+    def _resume_window(self, index: int) -> None:
+        window = self._open[index]
+        done = [(first, last) for first, (last, _, _) in window.leases.items()]
+        self._schedule.window_known(index, window.costs, done)
 
     def start(self, window_rows: int, ahead: int) -> None:
         """Begin to look for windows behind the last known one."""
@@ -355,6 +371,9 @@ class JobAgenda:
                 allowed="the same rows as before, from the first one on",
                 do="give it the same input, or start anew with --overwrite",
             )
+        if window.index in self._awaited:
+            self._awaited.remove(window.index)
+            self._resume_window(window.index)
         if window.index not in self._open:
             self._source.release(window.index)
 

@@ -55,4 +55,6 @@ class Feed:
                 return
 
     def close(self) -> None:
+        """The scan writes nothing more; one that waits for a pipe ends with the process."""
         self._closed = True
+        self._thread.join(timeout=1.0)

@@ -43,7 +43,7 @@ def finish(
         parts = [_empty_part(work, store)]
     file_sha256 = None
     if output.file is not None:
-        file_sha256 = _publish_file(work, store, output.file, parts, totals.file)
+        file_sha256 = _publish_file(work, store, output.file, parts, totals.files)
     elapsed_s = time.monotonic() - timeline.start_s
     computed = totals.rows_computed - totals.rows_resumed
     idle_share = timeline.idle_share()
@@ -74,7 +74,8 @@ def finish(
     store.replace(TRACE, timeline.trace())
     for folder in ("windows", "spool", "pieces", "tmp"):
         shutil.rmtree(store.path(folder), ignore_errors=True)
-    store.sync_folder(".")
+    for folder in ("data", "."):  # a part that was replaced must not come back beside _SUCCESS
+        store.sync_folder(folder)
     store.replace(SUCCESS, b"")
     return summary
 
@@ -128,23 +129,24 @@ def _empty_part(work: JobWork, store: PosixStore) -> dict[str, Any]:
 
 
 def _publish_file(
-    work: JobWork, store: PosixStore, target: Path, parts: list[dict[str, Any]], before: dict[str, Any] | None
+    work: JobWork, store: PosixStore, target: Path, parts: list[dict[str, Any]], files: list[dict[str, Any]]
 ) -> str:
     """All parts as one file, built beside the run folder's data and put in place by one rename. Its sha256.
 
     The log knows the file's hash before it is renamed, so that a run that died in between can tell. Parts that
-    an earlier file holds already (appended input) are taken from there.
+    an earlier file holds already (appended input) are taken from there: `files` are all that were ever logged.
     """
     wanted = [[part["part"], part["sha256"]] for part in parts]
-    current = hash_of(target) if target.exists() and before is not None else None
-    if before is not None and current == before["sha256"] and before["parts"] == wanted:
+    current = hash_of(target) if target.exists() and files else None
+    before = next((file for file in reversed(files) if file["sha256"] == current), None)
+    if before is not None and before["parts"] == wanted:
         sha256 = str(current)
     else:
         names = [store.path(part["name"]) for part in parts]
         missing = [name for name in names if not name.exists()]
         if missing:
             held = len(missing)
-            known = before is not None and before["parts"] == wanted[:held] and current == before["sha256"]
+            known = before is not None and before["parts"] == wanted[:held]
             if not known or missing != names[:held]:
                 raise StorageError(
                     f"publishing {target}",

@@ -14,7 +14,7 @@ def settle(entries: Sequence[Entry]) -> list[Entry]:
     """The entries that hold.
 
     `drop` takes windows out as if they had never been found, `lost` a lease whose file was damaged. `reopen`
-    takes a part out; its windows' results are in rescued files, but for the pieces to be computed again.
+    takes parts out; their windows' results are in rescued files, but for the pieces to be computed again.
     """
     kept: list[Entry] = []
     for entry in entries:
@@ -26,7 +26,8 @@ def settle(entries: Sequence[Entry]) -> list[Entry]:
                 key = ("lease", entry["window"], entry["first"])
                 kept = [old for old in kept if (old["kind"], old.get("window"), old.get("first")) != key]
             case "reopen":
-                kept = _reopen(kept, entry)
+                for part in entry["parts"]:
+                    kept = _reopen(kept, part)
                 kept.append(entry)
             case _:
                 kept.append(entry)
@@ -37,6 +38,15 @@ def _concerns(entry: Entry, windows: set[int]) -> bool:
     if entry["kind"] == "part":
         return not windows.isdisjoint(range(entry["first"], entry["last"] + 1))
     return entry.get("window") in windows
+
+
+def open_windows(entries: Sequence[Entry]) -> set[int]:
+    """Windows that are in no part yet."""
+    found = {entry["window"] for entry in entries if entry["kind"] == "window"}
+    for entry in entries:
+        if entry["kind"] == "part":
+            found.difference_update(range(entry["first"], entry["last"] + 1))
+    return found
 
 
 def borders(entries: Sequence[Entry]) -> list[tuple[int, int]]:

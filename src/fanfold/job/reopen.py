@@ -85,7 +85,9 @@ def reopen_failed(work: JobWork, store: PosixStore, output: Output, entries: Seq
     if output.file is not None:
         affected = parts  # the one file is rebuilt from all of them
     windows = {entry["window"]: entry for entry in held if entry["kind"] == "window"}
-    generations = {entry["part"]: entry["generation"] for entry in held if entry["kind"] == "reopen"}
+    generations = {
+        part["part"]: part["generation"] for entry in held if entry["kind"] == "reopen" for part in entry["parts"]
+    }
     reopened = []
     for part in affected:
         generation = generations.get(part["part"], 0) + 1
@@ -95,11 +97,11 @@ def reopen_failed(work: JobWork, store: PosixStore, output: Output, entries: Seq
             name, sha256 = _rescue(work, store, path, windows[index], generation)
             pieces = sorted(failed.get(index, {}))
             rescued.append({"window": index, "name": name, "sha256": sha256, "pieces": pieces})
-        reopened.append({"kind": "reopen", "part": part["part"], "generation": generation, "windows": rescued})
+        reopened.append({"part": part["part"], "generation": generation, "windows": rescued})
     store.sync_folder("pieces")
+    journal.append(store, [{"kind": "reopen", "parts": reopened}])  # one line: all of them or none
     store.remove(SUCCESS)
     store.sync_folder(".")
-    journal.append(store, reopened)
     return sum(count for pieces in failed.values() for count in pieces.values())
 
 

@@ -24,7 +24,7 @@ from fanfold.job import engines
 from fanfold.job.agenda import JobAgenda
 from fanfold.job.fingerprint import check_same, fingerprint
 from fanfold.job.finish import finish
-from fanfold.job.log import borders, settle
+from fanfold.job.log import borders, open_windows, settle
 from fanfold.job.reopen import accept_inputs, mend, reopen_failed
 from fanfold.job.work import JobWork, OutputRules
 from fanfold.machine.discover import discover
@@ -138,7 +138,7 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
             check_same(stored["fingerprint"], wanted, str(output.shown))
             check_same({"kept columns": stored.get("kept_schema")}, {"kept columns": schema}, str(output.shown))
         entries = mend(store, output, entries)
-        finished = _finished(store, output)
+        finished = _finished(store, output, entries)
         if finished is not None and not (request.retry_failed and finished.get("rows_failed")):
             say(f"already finished: {output.shown} (nothing to do; --overwrite starts anew)")
             return _result(output, finished, (stored or {}).get("plan", {}), store)
@@ -294,9 +294,13 @@ def result_names(task: Task, prefix: str) -> list[str]:
     return [prefix + "row", *(prefix + column.name for column in task.columns)]
 
 
-def _finished(store: PosixStore, output: Output) -> dict[str, Any] | None:
+def _finished(store: PosixStore, output: Output, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The summary of a finished job whose output is still there."""
     if store.read(SUCCESS) is None:
+        return None
+    if open_windows(entries):  # a run that opened it again died before it could say so
+        store.remove(SUCCESS)
+        store.sync_folder(".")
         return None
     if output.file is not None and not output.file.exists():
         raise ResumeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ class FakeTask:
     """A cheap deterministic "embedding" of a text: its tokens are its bytes, its vector depends on them
     and, as a real model's does in the last bits, on the shape of the batch it is computed in.
 
-    `faults` maps a text to what happens when it is computed: raise, exit, segfault, hang, memory, once:NAME
+    `faults` maps a text to what happens when it is computed: raise, exit, segfault, hang, spin, memory, once:NAME
     (the fault NAME, but only while the file `once_path` does not exist, which it then makes).
     """
 
@@ -126,6 +127,8 @@ class FakeOnUnit:
                 ctypes.string_at(0)
             case "hang":
                 time.sleep(3600)
+            case "spin":  # in C code that never lets another thread of the interpreter run
+                re.match(r"(a|a)*c", "a" * 64)
             case "memory":
                 while True:
                     self._hogs.append(bytearray(50_000_000))
