@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 from fanfold.engine.schedule import Assemble, Compute, Prepare, Schedule
@@ -114,6 +115,20 @@ def schedule_rate() -> None:
     print(f"schedule: {windows * pieces:,} pieces, {events / elapsed_s:,.0f} events/s (target >= 50,000)")
 
 
+def schedule_memory() -> None:
+    """A million pieces open at once, as a resume may find them, each with a cost of its own."""
+    tracemalloc.start()
+    schedule = Schedule(num_units=16, windows_per_part=16)
+    for window in range(10_000):
+        schedule.window_known(window, tuple(range(1000 + window, 1100 + window)), ())
+    schedule.input_ended(10_000)
+    for unit in range(16):
+        schedule.next_for(f"u{unit}")
+    held_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    print(f"schedule: 1,000,000 pieces are held in {held_bytes / 1e6:.0f} MB (target < 300 MB)")
+
+
 def ten_rows(folder: Path) -> None:
     """A fresh process for ten rows, against importing torch and transformers once; interleaved."""
     inputs = docs(folder, 10)
@@ -164,6 +179,7 @@ def main() -> None:
         folder = Path(name)
         piece_overhead(folder)
         schedule_rate()
+        schedule_memory()
         engines.shutdown()
         ten_rows(folder)
         replacement(folder)

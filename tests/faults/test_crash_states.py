@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ import pytest
 from fanfold.data import journal
 from fanfold.data.durable import PosixStore
 from fanfold.engine import inline
+from fanfold.errors import ResumeError
 from fanfold.job import fingerprint as job_fingerprint
 from fanfold.job import prepare
 from fanfold.job import run as job_run
@@ -304,6 +306,43 @@ def test_every_state_while_appended_rows_are_computed_recovers(folder, name):
     assert expected.rows == (21, 20, 1)
     states = crash_states(record, recent=1)
     check_all(job, states, expected, finished=[old, expected], log_holds=False, allow_append=True)
+
+
+@pytest.mark.parametrize("share", [0.75, 1.0])
+@pytest.mark.parametrize("name", ["out", "out.jsonl"])
+def test_whatever_is_deleted_is_made_again_or_its_loss_is_said_and_nothing_touched(folder, name, share):
+    """Each file and each folder of a half done and of a finished run, deleted by somebody."""
+    job = Job(folder, name)
+    record, expected = recorded(job)
+    moment = int(share * len(record.steps))
+    state = next(s for s in crash_states(replace(record, steps=record.steps[:moment]), recent=1, since=moment))
+    state.materialise(job.disk)
+    victims = [path.relative_to(job.disk) for path in job.disk.rglob("*") if path not in (job.folder, job.out)]
+    said = set()
+    for victim in sorted(victims):
+        state.materialise(job.disk)
+        path = job.disk / victim
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        before = contents(job.disk)
+        wanted = {name: sha256 for name, sha256 in expected.files.items() if sha256}
+        try:
+            job.run(sync=False)
+        except ResumeError:
+            said.add(victim.name)
+            wanted = before
+        standing = contents(job.disk)
+        assert wanted.items() <= standing.items(), f"without {victim} it ends with another output"
+        assert wanted is not before or standing == before, f"without {victim} it refuses, and touches the folder"
+    assert said == {"run.json", "commits.log"}
+
+
+def contents(folder):
+    """What every file holds, but for those that only say who is at work."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock" and path.suffix != ".tmp"
+    }
 
 
 # -- the model itself ---------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def whole(inputs, tmp_path_factory):
 
 FAULTS = {
     "raise": ("ValueError", "this row is poison", {}),
-    "segfault": ("Segfault", "killed by SIGSEGV", {}),
+    "segfault": ("Segfault", "killed by SIGSEGV in string_at (__init__.py, line ", {}),
     "exit": ("UnitLost", "ended with exit code 7", {}),
     "hang": ("Hang", "no sign of life for 1 s", {"timeout_batch": "1s"}),
     "spin": ("Hang", "no sign of life for 1 s", {"timeout_batch": "1s"}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from fanfold.job.work import Trial
 from fanfold.split.bisect import Bisection
 
@@ -75,9 +77,15 @@ class Blame:
             found[places[i]] = cause
 
 
+_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)  # as faulthandler writes it
+
+
 def death_of(cause: str) -> tuple[str, str]:
-    """What a unit died of, from the engine's words: (class, one line)."""
+    """What a unit died of, from the engine's words: (class, one line, with the innermost frame of a crash)."""
     line = cause.splitlines()[0]
+    frame = _FRAME.search(cause)
+    if frame is not None and "Fatal Python error" in cause:
+        line += f" in {frame[3]} ({frame[1].rpartition('/')[2]}, line {frame[2]})"
     classes = {"SIGSEGV": "Segfault", "SIGBUS": "Segfault", "out of memory": "OutOfMemory", "no sign of life": "Hang"}
     for word, error in classes.items():
         if word in line:

@@ -40,6 +40,7 @@ def mend(store: PosixStore, output: Output, entries: Sequence[Entry]) -> list[En
     assembled.
     """
     held = settle(entries)
+    _check_log_is_there(store, entries)
     named = {entry["name"] for entry in held if entry["kind"] in ("lease", "part", "rescue") and entry["name"]}
     for folder in ("pieces", "data"):
         for name in store.list(folder):
@@ -58,6 +59,20 @@ def mend(store: PosixStore, output: Output, entries: Sequence[Entry]) -> list[En
         journal.append(store, [{"kind": "drop", "windows": lost}])
         held = settle([*held, {"kind": "drop", "windows": lost}])
     return held
+
+
+def _check_log_is_there(store: PosixStore, entries: Sequence[Entry]) -> None:
+    """Results are never published before the log holds a line: without one, somebody has deleted it."""
+    if entries:
+        return
+    results = [f"{folder}/{name}" for folder in ("data", "pieces") for name in store.list(folder)]
+    if results or store.read(SUCCESS) is not None:
+        raise ResumeError(
+            f"going on in {store.root}",
+            found=f"no {journal.NAME} beside {', '.join(results[:2]) or SUCCESS}: it was deleted or emptied",
+            allowed="a run folder as Fanfold has left it",
+            do="restore the file, or start anew with --overwrite; nothing was changed",
+        )
 
 
 def _size(path: Path) -> int | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fanfold import __version__
 from fanfold.data import journal
 from fanfold.data.durable import storage_error
-from fanfold.data.folder import QUARANTINE, RUN, SUCCESS, Output, open_run, read_json, write_json
+from fanfold.data.folder import QUARANTINE, RUN, SUCCESS, SUMMARY, Output, open_run, read_json, write_json
 from fanfold.data.opening import open_source
 from fanfold.engine.local import Local
 from fanfold.engine.schedule import Schedule
@@ -298,7 +298,9 @@ def _finished(store: PosixStore, output: Output, entries: list[dict[str, Any]]) 
     """The summary of a finished job whose output is still there."""
     if store.read(SUCCESS) is None:
         return None
-    if open_windows(entries):  # a run that opened it again died before it could say so
+    summary = read_json(store, SUMMARY)
+    records_gone = summary is None or (summary["rows_failed"] and store.read(QUARANTINE) is None)
+    if records_gone or open_windows(entries):  # the latter: a run that opened it again died before it could say so
         store.remove(SUCCESS)
         store.sync_folder(".")
         return None
@@ -309,7 +311,7 @@ def _finished(store: PosixStore, output: Output, entries: list[dict[str, Any]]) 
             allowed="a finished job's output stays where it was written",
             do="start anew with --overwrite",
         )
-    return read_json(store, "summary.json") or {}
+    return summary
 
 
 def _run_record(
