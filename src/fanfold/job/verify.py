@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from fanfold.data.csv import long_fields
 from fanfold.data.durable import PosixStore
 from fanfold.data.folder import SUCCESS
 from fanfold.data.opening import open_source
@@ -25,6 +24,7 @@ from fanfold.job.fingerprint import check_same, fingerprint
 from fanfold.job.finish import hash_of, output_sha256
 from fanfold.job.opened import OpenedRun, open_existing
 from fanfold.job.prepare import prepare_window
+from fanfold.job.reopen import stored_results
 from fanfold.job.request import Request
 from fanfold.job.window import window_of
 from fanfold.job.work import JobWork, OutputRules, items_name
@@ -36,6 +36,8 @@ from fanfold.tasks.embed import make_embed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from fanfold.data.source import Window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +177,6 @@ def _compare(
     unit = Unit(name="verify", device=f"{work.numerics.device}:0" if work.numerics.device == "cuda" else "cpu")
     desk = Desk(unit)
     loaded = work.loaded(desk)
-    column = work.output.prefix + work.task.columns[0].name
     differing: list[int] = []
     compared = batches = 0
     worst = 0.0
@@ -189,7 +190,7 @@ def _compare(
                 allowed="the same rows, tokens and batches",
                 do="did the input change? Start anew with --overwrite, or report this",
             )
-        expected = _stored_rows(opened, window.first_row, window.num_rows, work.output.prefix, column)
+        expected = _stored_rows(work, opened, window)
         failed = {failure["offset"] for lease in opened.leases.get(index, ()) for failure in lease["failed"]}
         with pa.memory_map(str(store.path(items_name(index)))) as mapped:
             reader = pa.ipc.open_file(mapped)
@@ -265,38 +266,13 @@ def _find_window(work: JobWork, opened: OpenedRun, index: int) -> Any:
     )
 
 
-def _stored_rows(opened: OpenedRun, first: int, count: int, prefix: str, column: str) -> dict[int, np.ndarray]:
+def _stored_rows(work: JobWork, opened: OpenedRun, window: Window) -> dict[int, np.ndarray]:
     """row -> stored vector, for the rows of one window."""
-    import pyarrow.dataset as ds
-
-    if opened.output.format != "parquet":
-        return _stored_text_rows(opened, first, count, prefix, column)
-    paths = [opened.output.file] if opened.output.file else [opened.store.path(p["name"]) for p in opened.parts]
-    row = ds.field(prefix + "row")
-    table = ds.dataset([str(path) for path in paths], format="parquet").to_table(
-        columns=[prefix + "row", column], filter=(row >= first) & (row < first + count)
-    )
-    return {
-        number: np.asarray(vector.values, dtype=np.float32)
-        for number, vector in zip(table.column(0).to_pylist(), table.column(1), strict=True)
-        if vector.is_valid
-    }
-
-
-def _stored_text_rows(opened: OpenedRun, first: int, count: int, prefix: str, column: str) -> dict[int, np.ndarray]:
-    import csv
-    import json
-
-    assert opened.output.file is not None
-    found: dict[int, np.ndarray] = {}
-    with opened.output.file.open(encoding="utf-8", newline="") as file, long_fields():
-        records: Any = map(json.loads, file) if opened.output.format == "jsonl" else csv.DictReader(file)
-        for record in records:
-            number = int(record[prefix + "row"])
-            if first <= number < first + count and record[column]:
-                value = record[column]
-                found[number] = np.asarray(json.loads(value) if isinstance(value, str) else value, dtype=np.float32)
-    return found
+    part = next(part for part in opened.parts if part["first"] <= window.index <= part["last"])
+    path = opened.output.file or opened.store.path(part["name"])
+    table = stored_results(work, path, window.first_row, window.num_rows)
+    vectors = table.column(1).combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+    return dict(zip((table.column(0).to_numpy() + window.first_row).tolist(), vectors, strict=True))
 
 
 def _check_sums(opened: OpenedRun) -> None:
