@@ -64,7 +64,7 @@ class Embed:
         return batch
 
 units = int(sys.argv[4])
-ray.init(num_cpus=units, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+ray.init(num_cpus=units + 1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 ray.data.DataContext.get_current().enable_progress_bars = False
 data = ray.data.read_json(sys.argv[1]).repartition(4 * units)
 data = data.map_batches(Embed, fn_constructor_args=(sys.argv[3],), batch_size=256, concurrency=units)

@@ -120,7 +120,7 @@ class Schedule:
             return False
         window = self._open[done.window]
         if last < done.last:
-            self._give_up(window, last + 1, done.last)
+            self._give_up(window, last + 1, done.last, done.attempt)
         num_pieces = last + 1 - done.first
         if num_pieces <= 0:
             return False
@@ -172,7 +172,7 @@ class Schedule:
             case Prepare():
                 self._unprepared.appendleft(lost.window)
             case Compute():
-                self._give_up(self._open[lost.window], lost.first, lost.last)
+                self._give_up(self._open[lost.window], lost.first, lost.last, lost.attempt)
             case Assemble():
                 self._ready_parts.appendleft(lost.part)
             case _:
@@ -194,6 +194,10 @@ class Schedule:
         if chosen is not None:
             self._out[unit] = chosen
         return chosen
+
+    def has(self, unit: str, instruction: Instruction) -> bool:
+        """Whether the unit is at this very instruction: what a late twin tells is not."""
+        return self._out.get(unit) == instruction
 
     @property
     def wants_window(self) -> bool:
@@ -296,16 +300,15 @@ class Schedule:
         if window.num_left == 0:
             self._close(index)
 
-    def _give_up(self, window: _Open, first: int, last: int) -> None:
+    def _give_up(self, window: _Open, first: int, last: int, attempt: int) -> None:
         window.todo.appendleft((first, last + 1))
         window.todo = deque(sorted(window.todo))
         self._todo_cost += sum((window.costs or ())[first : last + 1])
-        attempt = window.attempts.get(first, 0)
         for piece in range(first, last + 1):  # attempts follow the piece, however it is leased next
             window.attempts[piece] = max(attempt, window.attempts.get(piece, 0))
 
     def _take_back(self, unit: str, done: Instruction) -> bool:
-        if self._out.get(unit) != done:
+        if not self.has(unit, done):
             return False
         del self._out[unit]
         return True

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fanfold.plan.plan import Unit
 
 START_TIMEOUT_S = 60.0
+IN_WORKER = "FANFOLD_IN_WORKER"  # set in the environment of every process that we start
 _STDERR_LINES = 50
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -41,6 +42,7 @@ def child_environment(threads: int) -> dict[str, str]:
     """Thread counts are set before anything is imported: some libraries read them only then."""
     environment = dict(os.environ)
     environment.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
+    environment[IN_WORKER] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment["TRANSFORMERS_VERBOSITY"] = environment.get("TRANSFORMERS_VERBOSITY", "error")
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -236,8 +236,9 @@ class JobAgenda:
                     if self._schedule.prepared(unit.name, prepare, result.costs):
                         entries.append(self._window_entry(prepare.window, result))
                 case Compute() as lease if isinstance(result, TrialDone):
-                    self._schedule.gave_up(unit.name)
-                    self._blame.tell(lease.window, lease.first, passed=result.passed)
+                    if self._schedule.has(unit.name, lease):
+                        self._schedule.gave_up(unit.name)
+                        self._blame.tried(lease.window, lease.first, result)
                 case Compute() as lease:
                     if self._schedule.computed(unit.name, lease, result.last, result.elapsed_s):
                         entries.append(self._publish_lease(lease, result))
@@ -246,7 +247,8 @@ class JobAgenda:
                         self._check_twin(lease, result)
                         leftovers.append(result.temporary)
                 case Assemble() as part if isinstance(result, Damaged):
-                    entries += self._lose(unit, part, result)
+                    if self._schedule.has(unit.name, part):
+                        entries += self._lose(unit, part, result)
                 case Assemble() as part:
                     if self._schedule.assembled(unit.name, part):
                         entries.append(self._publish_part(part, result))

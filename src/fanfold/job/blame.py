@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fanfold.job.work import Trial
+from fanfold.job.work import Trial, TrialDone
 from fanfold.split.bisect import Bisection
 
 POISON_DEATHS = 2
@@ -29,7 +29,7 @@ class Blame:
         causes = self._deaths.setdefault((window, piece, batch), [])
         causes.append(cause)
         if (window, piece) in self._searches:
-            self.tell(window, piece, passed=False)
+            self._searches[window, piece][1].tell(False)
             return True
         if len(causes) < POISON_DEATHS:
             return False
@@ -51,10 +51,12 @@ class Blame:
             return None
         return Trial(batch=batch, rows=tuple(self._places(window, piece, batch, bisection)[i] for i in tried))
 
-    def tell(self, window: int, piece: int, *, passed: bool) -> None:
-        """How the last trial of the piece went."""
-        _, bisection = self._searches[window, piece]
-        bisection.tell(passed)
+    def tried(self, window: int, piece: int, done: TrialDone) -> None:
+        """How the last trial of the piece went; the unit has survived it."""
+        batch, bisection = self._searches[window, piece]
+        if done.cause is not None:
+            self._deaths[window, piece, batch].append(done.cause)  # the last one is that of the row alone
+        bisection.tell(done.passed)
 
     def fruitless(self, window: int, piece: int, batch: int) -> int:
         """How many searches of this batch found no culprit."""

@@ -90,15 +90,15 @@ def run_embed(
 def _to_stdout(inputs: tuple[str, ...], values: dict[str, Any], *, quiet: bool, color: bool) -> Run:
     """JSONL rows in order on stdout; nothing is kept, so there is nothing to resume."""
     import shutil
-    import tempfile
 
+    from fanfold.data.scratch import scratch_folder
     from fanfold.job.embed import embed_files
     from fanfold.report.progress import Progress
 
-    with tempfile.TemporaryDirectory(prefix="fanfold-") as folder:
+    with scratch_folder() as folder:
         if "-" in inputs:
             values["stdin"] = sys.stdin.buffer
-        out = Path(folder) / "out.jsonl"
+        out = folder / "out.jsonl"
         run = embed_files(
             inputs, out, display=Progress(quiet=quiet, color=color), signals=True, **{**values, "sync": False}
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 
 from fanfold.engine.inline import Inline
 from fanfold.engine.local import Local
+from fanfold.engine.supervisor import IN_WORKER
+from fanfold.errors import PlanError
 
 IDLE_S = 300.0
 
@@ -37,6 +40,13 @@ def hold() -> threading.RLock:
 
 def _local(imports: tuple[str, ...], threads: int) -> Local:
     global _warm, _timer, _used_s
+    if os.environ.get(IN_WORKER):
+        raise PlanError(
+            "a job inside a worker",
+            found="a module that starts a job whenever it is imported, or a task that starts one",
+            allowed="jobs started by a script or a notebook; on='inline' inside a worker",
+            do="put the call into a function, or under: if __name__ == '__main__'",
+        )
     with _lock:
         _used_s = time.monotonic()
         if _warm is not None and (_warm.threads != threads or not set(imports) <= set(_warm.imports)):

@@ -50,8 +50,13 @@ def open_windows(entries: Sequence[Entry]) -> set[int]:
 
 
 def borders(entries: Sequence[Entry]) -> list[tuple[int, int]]:
-    """(window, part) where appended rows begin."""
-    return [(entry["first_window"], entry["first_part"]) for entry in entries if entry["kind"] == "append"]
+    """(window, part) where appended rows begin; those behind a later one are of windows that were dropped."""
+    found: list[tuple[int, int]] = []
+    for entry in entries:
+        if entry["kind"] == "append":
+            found = [border for border in found if border[0] < entry["first_window"]]
+            found.append((entry["first_window"], entry["first_part"]))
+    return found
 
 
 def _reopen(entries: list[Entry], reopen: Entry) -> list[Entry]:

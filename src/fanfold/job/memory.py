@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fanfold.data.scratch import scratch_folder
 from fanfold.errors import DataError, InputError, PlanError
 from fanfold.job.finish import read_output
 from fanfold.job.request import Request
@@ -56,8 +56,8 @@ def embed_in_memory(
     elif on_error == "null" and all(text is None for text in texts):
         vectors = np.full((len(texts), width), math.nan, dtype=np.float32)
     else:
-        with tempfile.TemporaryDirectory(prefix="fanfold-") as folder:
-            path = Path(folder) / "texts.parquet"
+        with scratch_folder() as folder:
+            path = folder / "texts.parquet"
             pq.write_table(pa.table({"text": pa.array(texts, pa.large_string())}), path, compression="none")
             vectors = _run(task, [str(path)], "text", on, on_error, width, display, options)
     return like(data, vectors, options.get("prefix", "") + "embedding")
@@ -74,8 +74,8 @@ def _run(
     options: dict[str, Any],
 ) -> np.ndarray:
     """float32 [n, d]; NaN rows for failed ones under `null`."""
-    with tempfile.TemporaryDirectory(prefix="fanfold-") as folder:
-        out = Path(folder) / "out"
+    with scratch_folder() as folder:
+        out = folder / "out"
         request = Request(
             inputs=tuple(inputs),
             out=out,

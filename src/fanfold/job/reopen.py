@@ -17,7 +17,7 @@ from fanfold.data.listing import open_binary
 from fanfold.engine.schedule import Schedule
 from fanfold.errors import ResumeError
 from fanfold.job.compute import arrow_type, result_schema
-from fanfold.job.log import borders, settle
+from fanfold.job.log import borders, open_windows, settle
 from fanfold.job.window import window_of
 from fanfold.job.work import JobWork, rescue_name
 
@@ -37,11 +37,16 @@ def mend(store: PosixStore, output: Output, entries: Sequence[Entry]) -> list[En
 
     A lease or part that was published but not logged is computed again: it was not committed. A logged part
     that is gone or has another size takes its windows back to the beginning; leases are looked at when they are
-    assembled.
+    assembled, and are not kept beyond that.
     """
     held = settle(entries)
     _check_log_is_there(store, entries)
-    named = {entry["name"] for entry in held if entry["kind"] in ("lease", "part", "rescue") and entry["name"]}
+    still_open = open_windows(held)
+    named = {
+        entry["name"]
+        for entry in held
+        if entry["kind"] == "part" or (entry["kind"] in ("lease", "rescue") and entry["window"] in still_open)
+    }
     for folder in ("pieces", "data"):
         for name in store.list(folder):
             if name.startswith(("w-", "part-")) and f"{folder}/{name}" not in named:

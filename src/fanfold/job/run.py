@@ -26,7 +26,7 @@ from fanfold.job.fingerprint import check_same, fingerprint
 from fanfold.job.finish import finish
 from fanfold.job.log import borders, open_windows, settle
 from fanfold.job.reopen import accept_inputs, mend, reopen_failed
-from fanfold.job.work import JobWork, OutputRules
+from fanfold.job.work import JobWork, OutputRules, unit_imports
 from fanfold.machine.discover import discover
 from fanfold.machine.threads import held_threads
 from fanfold.plan.numerics import Numerics, windows_per_part
@@ -99,7 +99,7 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
     say = display.say if display else _nobody
     numerics = _numerics(task, where.kind)
     if where.kind != "inline" and not request.dry_run:
-        engines.warm_up(task.imports, numerics.threads_per_unit)
+        engines.warm_up(unit_imports(task), numerics.threads_per_unit)
     output = Output(request.out)
     _check_inputs_outside(request, output)
     source = open_source(

@@ -6,9 +6,7 @@ Whole batches, because the composition of a batch is part of the result. Every c
 from __future__ import annotations
 
 import random
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +15,7 @@ import pyarrow as pa
 from fanfold.data.durable import PosixStore
 from fanfold.data.folder import SUCCESS
 from fanfold.data.opening import open_source
+from fanfold.data.scratch import scratch_folder
 from fanfold.engine.engine import Desk
 from fanfold.errors import DifferenceFound, ResumeError
 from fanfold.job.compute import batches_of, compute_rows
@@ -36,6 +35,7 @@ from fanfold.tasks.embed import make_embed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from fanfold.data.source import Window
 
@@ -120,8 +120,8 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
             allowed="inputs that are files",
             do="use --sample 0 to check the checksums alone",
         )
-    with tempfile.TemporaryDirectory(prefix="fanfold-verify-") as folder:
-        store = PosixStore(Path(folder), sync=False)
+    with scratch_folder() as folder:
+        store = PosixStore(folder, sync=False)
         store.make_folders(["windows", "tmp", "spool"])
         keep = request["keep"]
         source = open_source(
@@ -130,7 +130,7 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
             id_column=request["id"],
             keep=tuple(keep) if isinstance(keep, list) else keep,
             form="json" if opened.output.format == "jsonl" else "typed",
-            spool=Path(folder) / "spool",
+            spool=folder / "spool",
             limit=request["limit"],
         )
         asked = Request(
@@ -158,7 +158,7 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
             source=source,
             numerics=numerics,
             output=OutputRules(format=opened.output.format, prefix=request["prefix"], too_long=request["too_long"]),
-            folder=Path(folder),
+            folder=folder,
             sync=False,
         )
         with held_threads(numerics.threads_per_unit):

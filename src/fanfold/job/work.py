@@ -130,6 +130,9 @@ class PartDone:
     window_sha256: tuple[str, ...]
 
 
+_JOB_IMPORTS = ("fanfold.job.prepare", "fanfold.job.compute", "fanfold.job.assemble", "pyarrow.parquet")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobWork:
     """Everything a unit needs to do its share of the job."""
@@ -143,7 +146,7 @@ class JobWork:
 
     @property
     def imports(self) -> tuple[str, ...]:
-        return self.task.imports
+        return unit_imports(self.task)
 
     @property
     def threads(self) -> int:
@@ -216,6 +219,11 @@ class JobWork:
                 hold_threads(self.threads)  # inline, the engine's caller gives the process its settings back
             desk.cache["loaded"] = True
         return opened
+
+
+def unit_imports(task: Task) -> tuple[str, ...]:
+    """Modules that every unit of a job needs: the job's own, then the task's."""
+    return (*_JOB_IMPORTS, *task.imports)
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
