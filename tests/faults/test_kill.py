@@ -62,26 +62,30 @@ def leases(out):
 
 @pytest.mark.parametrize(
     ("num_rows", "on", "then", "kills"),
-    [(3000, "cpu:2", "cpu:2", 20), (12_000, "cpu:2", "cpu:1", 3), (12_000, "cpu:2", "inline", 3)],
+    [(4000, "cpu:2", "cpu:2", 20), (12_000, "cpu:2", "cpu:1", 3), (12_000, "cpu:2", "inline", 3)],
 )
 def test_a_job_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path, seed, num_rows, on, then, kills):
     inputs = write(tmp_path / "in.jsonl", num_rows)
     whole = finish(inputs, tmp_path / "whole", "inline")
     chance = random.Random(seed + num_rows)
-    out, token_s = tmp_path / "out", 2e-5 if num_rows <= 3000 else 5e-6
+    out, token_s = tmp_path / "out", 2e-4 if num_rows <= 4000 else 1e-5
     committed = landed = 0
     for _ in range(kills):
         process = start(inputs, out, on, token_s)
-        time.sleep(chance.uniform(0.2, 1.6))
+        time.sleep(chance.uniform(0.4, 2.0))
         os.killpg(process.pid, signal.SIGKILL)
-        landed += process.wait() == -signal.SIGKILL
         process.stdout.close()
         process.stderr.close()
+        if process.wait() != -signal.SIGKILL:
+            break  # it was done before
+        landed += 1
         now = leases(out)
         assert now >= committed  # what was committed stays committed
         committed = now
     summary = finish(inputs, out, then)
-    assert summary["rows_resumed"] == committed
+    print(f"{landed} kills landed, {committed} of {num_rows} rows were committed by then")
+    if landed == kills:  # otherwise the summary is that of a run that came to its end
+        assert summary["rows_resumed"] == committed
     assert (summary["rows_in"], summary["rows_ok"], summary["rows_failed"]) == (num_rows, num_rows, 0)
     assert summary["output_sha256"] == whole["output_sha256"]
     table = pq.read_table(tmp_path / "out" / "data")
