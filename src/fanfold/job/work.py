@@ -130,9 +130,6 @@ class PartDone:
     window_sha256: tuple[str, ...]
 
 
-_JOB_IMPORTS = ("fanfold.job.prepare", "fanfold.job.compute", "fanfold.job.assemble", "pyarrow.parquet")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobWork:
     """Everything a unit needs to do its share of the job."""
@@ -223,7 +220,7 @@ class JobWork:
 
 def unit_imports(task: Task) -> tuple[str, ...]:
     """Modules that every unit of a job needs: the job's own, then the task's."""
-    return (*_JOB_IMPORTS, *task.imports)
+    return ("fanfold.job.ready", *task.imports)
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
