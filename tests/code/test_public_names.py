@@ -31,7 +31,7 @@ FLAGS = {
     ],
     "run": ["JOB", "--json", "--no-color", "--quiet", "--verbose"],
     "verify": ["OUT", "--json", "--model", "--sample", "--seed", "--verbose"],
-    "show": ["OUT", "--verbose"],
+    "show": ["OUT", "--profile", "--verbose"],
     "machine": ["--no-probe --probe", "--json", "--verbose"],
 }
 

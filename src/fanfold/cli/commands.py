@@ -223,19 +223,28 @@ def verify(
 
 
 @app.command
-def show(out: str, /, *, verbose: Annotated[bool, Parameter(negative="")] = False) -> int:
+def show(
+    out: str,
+    /,
+    *,
+    profile: Annotated[bool, Parameter(negative="")] = False,
+    verbose: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
     """Say what a run was asked, what it chose and why, how far it is, and what failed.
 
     Parameters
     ----------
     out
         What -o named.
+    profile
+        Instead, where each unit's time went, against this machine's rate (measured for 2 seconds).
     verbose
         Show tracebacks.
     """
+    from fanfold.job.profile import profile as profile_page
     from fanfold.job.show import show as page
 
-    print(page(out))
+    print(profile_page(out) if profile else page(out))
     return 0
 
 

@@ -333,6 +333,7 @@ def _run_record(
             "columns": [column.name for column in task.columns],
             **task.shown,
             "reference": task.reference,
+            "flops_per_token": task.flops_per_token,
         },
         "machine": {"cpu": machine.cpu_name, "cores": machine.cores, "memory_bytes": machine.memory_bytes},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

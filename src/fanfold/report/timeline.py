@@ -31,6 +31,7 @@ class Timeline:
         self._kinds: list[str] = []
         self._details: list[tuple[str, str, float, float, str]] = []
         self._measured_s = 0.0
+        self._last_s = self.start_s  # when the last stretch of work ended
         self.units_used: set[str] = set()
 
     def __call__(self, event: Event) -> None:
@@ -39,6 +40,7 @@ class Timeline:
                 if event.kind not in self._kinds:
                     self._kinds.append(event.kind)
                 kind = self._kinds.index(event.kind)
+                self._last_s = max(self._last_s, event.at_s + event.elapsed_s)
                 self._spans.setdefault(event.unit, array("d")).extend((event.at_s, event.elapsed_s, kind))
                 if event.kind == "compute":
                     self.units_used.add(event.unit)
@@ -120,5 +122,6 @@ class Timeline:
                     "args": {"detail": detail},
                 }
             )
-        body = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":"))
+        totals = {"seconds": self.seconds(), "elapsed_s": self._last_s - self.start_s}  # of all spans
+        body = json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": totals}, separators=(",", ":"))
         return gzip.compress(body.encode("utf-8"), compresslevel=5, mtime=0)

@@ -217,6 +217,21 @@ def check_safetensors(path: Path) -> None:
         )
 
 
+def num_matmul_weights(path: Path) -> int:
+    """Weights that every token is multiplied with: matrices, but for tables of embeddings and decoders."""
+    count = 0
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as handle:
+            (header_bytes,) = struct.unpack("<Q", handle.read(8))
+            header = json.loads(handle.read(header_bytes))
+        for name, tensor in header.items():
+            if name == "__metadata__" or len(tensor["shape"]) != 2:
+                continue
+            if not re.search(r"embed|(^|\.)(wte|wpe|shared|pooler|lm_head|decoder|relative_attention_bias)\.", name):
+                count += int(tensor["shape"][0]) * int(tensor["shape"][1])
+    return count
+
+
 def _num_bytes(tensor: dict[str, Any]) -> int:
     """Bytes of a tensor by its shape and dtype; types of less than a byte are counted in bits."""
     bits = 8 if tensor["dtype"] == "BOOL" else int(re.search(r"\d+", tensor["dtype"]).group())  # type: ignore[union-attr]

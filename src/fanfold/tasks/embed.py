@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fanfold import extras
 from fanfold.errors import InputError, InternalError, PlanError, RequestError, SafetyError, cause_line
-from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint
+from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, num_matmul_weights
 from fanfold.tasks.pooling import Head, num_positions, read_head, weights_of
 from fanfold.tasks.task import Column, Prepared
 
@@ -79,6 +79,10 @@ class Embed:
     @property
     def weights_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.checkpoint.path.glob("*.safetensors"))
+
+    @property
+    def flops_per_token(self) -> float:
+        return 2.0 * num_matmul_weights(self.checkpoint.path)
 
     @property
     def shown(self) -> dict[str, str]:

@@ -83,6 +83,10 @@ class Task(Protocol):
         """Size of the model's weights, shared by the units of one machine."""
 
     @property
+    def flops_per_token(self) -> float:
+        """Of the products with weights, forward: what a GEMM rate bounds. 0 where it is not known."""
+
+    @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
         """What the model computes in."""
 

@@ -40,6 +40,7 @@ class FakeTask:
     name: str = "fake"
     reference: str = "fake"
     weights_bytes: int = 0
+    flops_per_token: float = 0.0
     dtype: Dtype = "float32"
     version: int = 1
 
