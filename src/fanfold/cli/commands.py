@@ -43,6 +43,7 @@ def embed(
     memory_per_unit: str | None = None,
     timeout_batch: str | None = None,
     too_long: str = "truncate",
+    compile: str = "off",
     limit: int | None = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     allow_append: Annotated[bool, Parameter(negative="")] = False,
@@ -96,6 +97,8 @@ def embed(
         End a unit that gives no sign of life for so long, for example 10min.
     too_long
         Texts longer than the model's limit: truncate (counted), or quarantine.
+    compile
+        Compile the model for this machine first: on, off, or auto (on where the job is long enough to gain by it).
     limit
         Only the first so many rows.
     overwrite
@@ -139,6 +142,7 @@ def embed(
         memory_per_unit=memory_per_unit,
         timeout_batch=timeout_batch,
         too_long=too_long,
+        compile=compile,
         limit=limit,
         overwrite=overwrite,
         allow_append=allow_append,

@@ -36,6 +36,7 @@ class EmbedFlags:
     memory_per_unit: str | None = None
     timeout_batch: str | None = None
     too_long: str = "truncate"
+    compile: str = "off"
     limit: int | None = None
     overwrite: bool = False
     allow_append: bool = False

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fanfold.job.run import Display
 
 _MODEL_OPTIONS = ("revision", "dtype", "max_length", "prefix_text", "prompt_name")
-_REQUEST_OPTIONS = ("limit", "prefix", "memory_per_unit", "max_failures")
+_REQUEST_OPTIONS = ("limit", "prefix", "memory_per_unit", "max_failures", "compile")
 
 
 def embed_in_memory(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ON_ERROR = ("quarantine", "null", "stop")
 TOO_LONG = ("truncate", "quarantine")
+COMPILE = ("off", "on", "auto")
 
 
 def names_of(keep: str) -> str | tuple[str, ...]:
@@ -37,6 +38,7 @@ class Request:
     memory_per_unit: str | None = None
     timeout_batch: str | None = None
     too_long: str = "truncate"
+    compile: str = "off"
     limit: int | None = None
     prefix: str = ""
     overwrite: bool = False
@@ -62,6 +64,13 @@ class Request:
                 found="no such policy",
                 allowed=", ".join(TOO_LONG),
                 do="leave it away to cut long texts to the model's limit",
+            )
+        if self.compile not in COMPILE:
+            raise RequestError(
+                f"--compile {self.compile}",
+                found="no such choice",
+                allowed=", ".join(COMPILE),
+                do="leave it away to run the model as it is",
             )
         if self.limit is not None and self.limit < 0:
             raise RequestError(

@@ -22,6 +22,7 @@ from fanfold.engine.schedule import Schedule
 from fanfold.errors import DataError, InputError, RequestError, ResumeError, Stopped
 from fanfold.job import engines
 from fanfold.job.agenda import JobAgenda
+from fanfold.job.compiling import compile_for, compiled_as_asked, decide
 from fanfold.job.fingerprint import check_same, fingerprint
 from fanfold.job.finish import finish
 from fanfold.job.log import borders, open_windows, settle
@@ -98,6 +99,8 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
     machine = discover()
     say = display.say if display else _nobody
     numerics = _numerics(task, where.kind)
+    if request.compile == "on":
+        numerics = compiled_as_asked(task, numerics)
     if where.kind != "inline" and not request.dry_run:
         engines.warm_up(unit_imports(task), numerics.threads_per_unit)
     output = Output(request.out)
@@ -121,11 +124,15 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
         return Run(out=output.shown, folder=output.folder, summary={}, plan=plan.record())
     store, stored = open_run(output, overwrite=request.overwrite, sync=request.sync)
     try:
+        if request.compile == "auto":
+            plan, why = decide(task, source, plan, stored, say)
+            say(f"{'':<9}- {why}")
+            plan = replace(plan, reasons=(*plan.reasons, why))
         wanted = fingerprint(
             source=source,
             task=task,
             request=request,
-            numerics=numerics,
+            numerics=plan.numerics,
             format_name=output.format,
             machine=machine,
         )
@@ -142,12 +149,14 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
         if finished is not None and not (request.retry_failed and finished.get("rows_failed")):
             say(f"already finished: {output.shown} (nothing to do; --overwrite starts anew)")
             return _result(output, finished, (stored or {}).get("plan", {}), store)
+        if plan.numerics.compiled:
+            compile_for(task, plan, say)
         record = _run_record(plan, wanted, machine, task, request, output)
         write_json(store, RUN, {**record, "kept_schema": schema})
         work = JobWork(
             task=task,
             source=source,
-            numerics=numerics,
+            numerics=plan.numerics,
             output=OutputRules(
                 format=output.format,
                 prefix=request.prefix,

@@ -162,6 +162,8 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
             sync=False,
         )
         with held_threads(numerics.threads_per_unit):
+            if numerics.compiled and not task.compiled_for(numerics):
+                task.compile(numerics)
             return _compare(work, opened, windows, sample, random.Random(seed), rows_in, store)
 
 

@@ -187,7 +187,7 @@ class JobWork:
 
     def opened(self, desk: Desk) -> Opened:
         """The task on this unit; a warm unit keeps the model of the job before where it is the same."""
-        wanted = (self.task.key, self.numerics.dtype, self.numerics.threads_per_unit)
+        wanted = (self.task.key, self.numerics.dtype, self.numerics.threads_per_unit, self.numerics.compiled)
         if desk.cache.get("key") != wanted:
             desk.cache.clear()
             desk.cache.update(key=wanted, opened=self.task.open(desk.unit, self.numerics), loaded=False)

@@ -29,7 +29,7 @@ class Numerics:
     order: str = "length_descending"
     dtype: Dtype = "float32"
     threads_per_unit: int = 1
-    compiled: bool = False
+    compiled: bool = False  # by --compile
     device: str = "cpu"
     windows_per_part: int = 1
     version: int = NUMERICS_VERSION

@@ -5,17 +5,21 @@ Shapes: B rows of the batch, L padded length, H hidden size, D width of the embe
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fanfold import extras
 from fanfold.errors import InputError, InternalError, PlanError, RequestError, SafetyError, cause_line
-from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, num_matmul_weights
+from fanfold.machine.discover import discover
+from fanfold.tasks import compiled
+from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, first_of, num_matmul_weights
 from fanfold.tasks.pooling import Head, num_positions, read_head, weights_of
 from fanfold.tasks.task import Column, Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     import numpy as np
 
@@ -97,7 +101,33 @@ class Embed:
         return lines
 
     def open(self, unit: Unit, numerics: Numerics) -> EmbedOnUnit:
-        return EmbedOnUnit(self, unit.device)
+        return EmbedOnUnit(self, unit.device, self._library(numerics) if numerics.compiled else None)
+
+    def compiled_for(self, numerics: Numerics) -> bool:
+        return self._library(numerics).exists()
+
+    def compile(self, numerics: Numerics) -> None:
+        """Make the library that units load where numerics.compiled, and compare it with eager on a few batches."""
+        path = self._library(numerics)
+        compiled.check_compiler()
+        eager = EmbedOnUnit(self, "cpu", None)
+        eager.load()
+        new = path.with_suffix(f".{os.getpid()}.new")
+        compiled.build(eager.traced(), new, max_rows=numerics.batch_tokens, max_length=self.max_length)
+        _compare(eager, EmbedOnUnit(self, "cpu", new), numerics)
+        new.replace(path)
+
+    def _library(self, numerics: Numerics) -> Path:
+        machine = discover()
+        settings = {
+            "model_files": self.checkpoint.hashes,
+            "dtype": numerics.dtype,
+            "threads": numerics.threads_per_unit,
+            "max_rows": numerics.batch_tokens,
+            "max_length": self.max_length,
+            "cpu": [machine.cpu_name, machine.isa],
+        }
+        return compiled.library_path(settings)
 
 
 def make_embed(
@@ -166,12 +196,38 @@ def _prompt(checkpoint: Checkpoint, head: Head, prefix_text: str | None, prompt_
     return head.prompts[name]
 
 
-class EmbedOnUnit:
-    """The task on one unit: tokenizer at the first use, model at `load`."""
+def _compare(eager: EmbedOnUnit, other: EmbedOnUnit, numerics: Numerics) -> None:
+    """PlanError where the compiled model gives other vectors than level T allows: 1e-5, in bfloat16 cosine 0.999."""
+    import numpy as np
 
-    def __init__(self, task: Embed, device: str) -> None:
+    chance = np.random.default_rng(0)
+    vocabulary = first_of(eager.task.checkpoint.config, "vocab_size")
+    longest = min(128, eager.task.max_length)
+    for num_rows, length in ((1, min(3, longest)), (7, min(33, longest)), (4, longest)):
+        ids = [chance.integers(0, vocabulary, max(1, length - row), dtype=np.int32) for row in range(num_rows)]
+        a, b = (unit.compute(ids, length)["embedding"] for unit in (eager, other))
+        norms = np.linalg.norm(a, axis=1)
+        if numerics.dtype == "float32":
+            found, same = float((np.abs(a - b).max(axis=1) / norms).max()), 1e-5
+        else:
+            found, same = float(1 - ((a * b).sum(axis=1) / norms / np.linalg.norm(b, axis=1)).min()), 1e-3
+        if not found <= same:  # not a number differs, too
+            raise PlanError(
+                f"--compile on with {eager.task.checkpoint.shown}",
+                found=f"compiled, {num_rows} rows of {length} tokens differ from eager by {found:.2g}",
+                allowed=f"a difference of {same:g}",
+                do="leave --compile away",
+            )
+
+
+class EmbedOnUnit:
+    """The task on one unit: tokenizer at the first use, model at `load` (from `library`, where it is compiled)."""
+
+    def __init__(self, task: Embed, device: str, library: Path | None) -> None:
         self.task = task
         self.device = device
+        self._library = library
+        self._forward: Callable[[Any, Any], Any] | None = None
         self._tokenizer: Any = None
         self._model: Any = None
         self._dense: list[tuple[Any, Any]] = []
@@ -227,15 +283,43 @@ class EmbedOnUnit:
 
     def load(self) -> None:
         """The model is in memory: weights mapped from the file where its dtype is the one asked for."""
-        if self._model is not None:
+        if self._forward is not None:
             return
         import torch
+
+        dtype = getattr(torch, self.task.dtype)
+        if self._library is not None:
+            forward = compiled.load(self._library)
+        else:
+            self._model = self._load_model(dtype)
+            forward = self._eager
+        self._dense = [self._checked_dense(dense, dtype) for dense in self.task.head.dense]
+        self._open_tokenizer()
+        self._forward = forward  # last: what failed above fails again
+
+    def _eager(self, ids_BL: Any, mask_BL: Any) -> Any:
+        return self._model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+
+    def traced(self) -> Any:
+        """The loaded model as a module of (ids, mask) -> hidden states, for torch.export."""
+        import torch
+
+        class Forward(torch.nn.Module):  # type: ignore[misc]
+            def __init__(self, model: Any) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, ids_BL: Any, mask_BL: Any) -> Any:
+                return self.model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+
+        return Forward(self._model)
+
+    def _load_model(self, dtype: Any) -> Any:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
         checkpoint = self.task.checkpoint
         loader = getattr(transformers, _ENCODERS.get(checkpoint.model_type, "AutoModel"))
-        dtype = getattr(torch, self.task.dtype)
         with _refusals(checkpoint):
             model, report = loader.from_pretrained(
                 str(checkpoint.path),
@@ -261,9 +345,7 @@ class EmbedOnUnit:
                 allowed="encoders, decoders used as encoders, and the encoders of " + ", ".join(_ENCODERS),
                 do="choose an embedding model",
             )
-        self._dense = [self._checked_dense(dense, dtype) for dense in self.task.head.dense]
-        self._open_tokenizer()
-        self._model = model.eval().to(self.device)  # last: what failed above fails again
+        return model.eval().to(self.device)
 
     def _checked_dense(self, dense: Any, dtype: Any) -> tuple[Any, Any]:
         try:
@@ -298,24 +380,26 @@ class EmbedOnUnit:
         import numpy as np
         import torch
 
-        if self._model is None:
+        if self._forward is None:
             self.load()
-        ids_BL = np.full((len(ids), length), self._tokenizer.pad_token_id, dtype=np.int64)
-        mask_BL = np.zeros((len(ids), length), dtype=np.int64)
+        assert self._forward is not None
+        least = 1 if self._library is None else compiled.LEAST
+        shape = (max(len(ids), least), max(length, least))
+        ids_BL = np.full(shape, self._tokenizer.pad_token_id, dtype=np.int64)
+        mask_BL = np.zeros(shape, dtype=np.int64)
+        mask_BL[len(ids) :, 0] = 1  # rows that fill the batch up
         for row, tokens in enumerate(ids):
             ids_BL[row, : len(tokens)] = tokens
             mask_BL[row, : len(tokens)] = 1
         with torch.inference_mode():
             mask = torch.from_numpy(mask_BL).to(self.device)
-            hidden_BLH = self._model(
-                input_ids=torch.from_numpy(ids_BL).to(self.device), attention_mask=mask
-            ).last_hidden_state
+            hidden_BLH = self._forward(torch.from_numpy(ids_BL).to(self.device), mask)
             pooled = self._pool(hidden_BLH, mask)
             for linear, activation in self._dense:
                 pooled = activation(linear(pooled))
             if self.task.head.normalize:
                 pooled = torch.nn.functional.normalize(pooled, p=2.0, dim=-1)
-            embedding = pooled.to(torch.float32).cpu().numpy()
+            embedding = pooled[: len(ids)].to(torch.float32).cpu().numpy()
         if embedding.shape != (len(ids), self.task.head.width):
             raise InternalError(
                 f"an embedding of {self.task.head.width} dimensions a row",

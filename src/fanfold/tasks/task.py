@@ -95,3 +95,9 @@ class Task(Protocol):
         """What a person wants to know of the task, a line each."""
 
     def open(self, unit: Unit, numerics: Numerics) -> Opened: ...
+
+    def compiled_for(self, numerics: Numerics) -> bool:
+        """Whether `compile` has nothing left to do."""
+
+    def compile(self, numerics: Numerics) -> None:
+        """Make what every unit loads where numerics.compiled, once, before work; PlanError where that fails."""

@@ -64,6 +64,12 @@ class FakeTask:
     def shown(self) -> dict[str, str]:
         return {"model": f"fake of width {self.width}"}
 
+    def compiled_for(self, numerics: Numerics) -> bool:
+        return True
+
+    def compile(self, numerics: Numerics) -> None:
+        pass
+
     def open(self, unit: Unit, numerics: Numerics) -> FakeOnUnit:
         return FakeOnUnit(self)
 
