@@ -80,7 +80,8 @@ def main() -> None:
     for case in cases:
         print(
             f"| {case[0]} | {case[1]} | {median(case, 'tokens_per_s'):,.0f} "
-            f"| {median(case, 'unit_flop_per_s') / rate:.0%} | {median(case, 'idle'):.1%} | {median(case, 'peak_bytes') / 1e9:.2f} GB |"
+            f"| {median(case, 'unit_flop_per_s') / rate:.0%} | {median(case, 'idle'):.1%} "
+            f"| {median(case, 'peak_bytes') / 1e9:.2f} GB |"
         )
     for compile in ("off", "on"):
         ratio = median((compile, "cpu:2"), "tokens_per_s") / median((compile, "cpu:1"), "tokens_per_s")
