@@ -149,7 +149,8 @@ def command(name: str, inputs: Path, out: Path, model: str, units: int, scripts:
 def run(words: list[str]) -> tuple[float, int]:
     """Seconds and peak bytes of the whole command."""
     start_s = time.monotonic()
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    variables = {**os.environ, "PYSPARK_PYTHON": sys.executable}
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=variables)
     memory = Memory(process.pid)
     memory.start()
     _, errors = process.communicate()
