@@ -72,8 +72,9 @@ class WindowFound(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowPrepared(Event):
-    """These rows cost so many padded tokens."""
+    """The rows made of these records cost so many padded tokens."""
 
+    records: int
     rows: int
     tokens: int
 

@@ -179,6 +179,10 @@ class TestInputs:
             ("--limit", "-1", "0 or more"),
             ("--dtype", "int8", "float32, bfloat16"),
             ("--max-length", "100000", "512"),
+            ("--chunk", "100000", "512"),
+            ("--chunk", "2", "512"),
+            ("--overlap", "16", "--chunk"),
+            ("--merge", "mean", "--chunk"),
             ("--max-failures", "lots", "--max-failures"),
             ("--memory-per-unit", "lots", "--memory-per-unit"),
             ("--prompt-name", "nope", "nope"),
@@ -188,6 +192,18 @@ class TestInputs:
     )
     def test_a_value_that_is_not_allowed(self, fanfold, flag, value, said):
         refused(fanfold("embed", "docs.jsonl", "-o", "out", flag, value), 2, said)
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (("--chunk", "64", "--overlap", "64"), "0 to 63"),
+            (("--chunk", "64", "--overlap", "-1"), "0 to 63"),
+            (("--chunk", "64", "--merge", "median"), "mean"),
+            (("--chunk", "64", "--max-length", "32"), "leave --max-length away"),
+        ],
+    )
+    def test_parts_that_cannot_be(self, fanfold, words, said):
+        refused(fanfold("embed", "docs.jsonl", "-o", "out", *words), 2, said)
 
     def test_a_result_name_that_the_input_has(self, fanfold, tmp_path):
         self.make(tmp_path / "in.csv", b"text,embedding\na,b\n")

@@ -49,7 +49,7 @@ def test_quoted_cells_may_hold_anything_across_block_borders(source, block_bytes
 
 def test_form_json_and_named_columns(source):
     made = source("a,text\n1,x\n", keep=["text", "a"], form="json")
-    assert rows(made)[1] == [{"record": '{"text":"x","a":"1"}'}]
+    assert rows(made)[1] == [{"{record}": '{"text":"x","a":"1"}'}]
     assert rows(source("a,text\n1,x\n", keep=["a"]))[1] == [{"a": "1"}]
     assert source("a,text\n1,x\n", keep="none").kept_schema == pa.schema([])
 
@@ -114,7 +114,7 @@ def test_each_line_of_plain_text_is_a_row(source, block_bytes):
 def test_plain_text_in_form_json_and_with_bad_utf8(source):
     texts, kept, (failure,) = rows(source(b"\xc3\xa9\n\xc3\n", suffix="txt", form="json"))
     assert texts == ["é", None]
-    assert kept == [{"record": '{"text":"é"}'}, {"record": None}]
+    assert kept == [{"{record}": '{"text":"é"}'}, {"{record}": None}]
     assert failure.error == "BadUtf8"
     assert "0.txt, line 2: not UTF-8" in failure.message
     assert rows(source("a", suffix="txt", keep="none"))[1] == [{}]

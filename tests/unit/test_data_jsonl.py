@@ -152,13 +152,13 @@ def test_half_a_surrogate_pair_in_a_kept_column_fails_its_row(source, value, for
 
 def test_form_json_keeps_the_line_as_it_stands(source):
     lines = ['  {"text" : "a","n":1.0, "x": NaN} ', '{"text":"b", "other": "\\u00e9"}']
-    assert [row["record"] for row in rows(source(lines, form="json"))[1]] == [line.strip() for line in lines]
+    assert [row["{record}"] for row in rows(source(lines, form="json"))[1]] == [line.strip() for line in lines]
 
 
 def test_form_json_with_named_columns_keeps_those_there_are(source):
     made = source([{"text": "a", "b": "é", "c": 2}, {"text": "b", "b": 0}], form="json", keep=["c", "b"])
-    assert [row["record"] for row in rows(made)[1]] == ['{"c":2,"b":"é"}', '{"b":0}']
-    assert rows(source([GOOD], form="json", keep="none"))[1] == [{"record": "{}"}]
+    assert [row["{record}"] for row in rows(made)[1]] == ['{"c":2,"b":"é"}', '{"b":0}']
+    assert rows(source([GOOD], form="json", keep="none"))[1] == [{"{record}": "{}"}]
 
 
 def test_keep_none_and_keep_named(source):

@@ -149,12 +149,12 @@ def test_form_json_writes_each_row_as_an_object(source):
         }
     ).drop_columns(["y"])
     (row,) = rows(source(table, form="json"))[1]
-    assert row["record"] == (
+    assert row["{record}"] == (
         '{"text":"a","b":"AP8=","t":"2023-11-14T22:13:20.000000001","z":"2023-11-14T22:13:20.000Z",'
         '"d":"2024-02-01","c":"00:00:00.000000001","u":5,"n":NaN,"s":{"x":[1,null]}}'
     )
-    assert json.loads(rows(source(table, form="json", keep=["d"]))[1][0]["record"]) == {"d": "2024-02-01"}
-    assert rows(source(table, form="json", keep="none"))[1] == [{"record": "{}"}]
+    assert json.loads(rows(source(table, form="json", keep=["d"]))[1][0]["{record}"]) == {"d": "2024-02-01"}
+    assert rows(source(table, form="json", keep="none"))[1] == [{"{record}": "{}"}]
 
 
 def test_a_value_that_json_cannot_hold_fails_its_row(source):

@@ -20,7 +20,7 @@ from fanfold.data.sink import open_sink
 
 VECTOR = pa.list_(pa.float32(), 3)
 SCHEMA = pa.schema([("row", pa.int64()), ("title", pa.string()), ("embedding", VECTOR)])
-RECORDS = pa.schema([("row", pa.int64()), ("record", pa.string()), ("embedding", VECTOR)])
+RECORDS = pa.schema([("row", pa.int64()), ("{record}", pa.string()), ("embedding", VECTOR)])
 HOSTILE = [
     "",
     " blank ",
@@ -173,7 +173,7 @@ def test_digits_round_trip_in_jsonl_and_csv(values):
 
 
 def test_vectors_are_written_in_few_digits():
-    data = written("jsonl", RECORDS, batch_of(RECORDS, row=[0], record=["{}"], embedding=[[0.1, 1.0, -0.25]]))
+    data = written("jsonl", RECORDS, batch_of(RECORDS, row=[0], **{"{record}": ["{}"]}, embedding=[[0.1, 1.0, -0.25]]))
     assert data == b'{"row": 0, "embedding": [0.1, 1, -0.25]}\n'
 
 
@@ -199,7 +199,9 @@ def test_slices_are_written_as_what_they_show():
 
 def test_a_jsonl_row_is_its_number_the_record_and_the_results():
     records = ['{"id": 7, "text": "x"}', None]
-    data = written("jsonl", RECORDS, batch_of(RECORDS, row=[3, 4], record=records, embedding=[[1, 2, 3], None]))
+    data = written(
+        "jsonl", RECORDS, batch_of(RECORDS, row=[3, 4], **{"{record}": records}, embedding=[[1, 2, 3], None])
+    )
     assert data.decode().splitlines() == [
         '{"row": 3, "id": 7, "text": "x", "embedding": [1, 2, 3]}',
         '{"row": 4, "embedding": null}',
@@ -220,7 +222,9 @@ def test_a_jsonl_row_is_its_number_the_record_and_the_results():
     ],
 )
 def test_a_record_keeps_the_text_it_had(record):
-    data = written("jsonl", RECORDS, batch_of(RECORDS, row=[0], record=[record], embedding=[[1, 2, 3]])).decode()
+    data = written(
+        "jsonl", RECORDS, batch_of(RECORDS, row=[0], **{"{record}": [record]}, embedding=[[1, 2, 3]])
+    ).decode()
     inside = record.strip()[1:-1].strip()
     assert data == '{"row": 0, ' + (inside + ", " if inside else "") + '"embedding": [1, 2, 3]}\n'
     assert list(json.loads(data)) == ["row", *json.loads(record), "embedding"]
@@ -228,7 +232,7 @@ def test_a_record_keeps_the_text_it_had(record):
 
 def test_hostile_text_comes_back_from_jsonl():
     records = [json.dumps({"text": text}, ensure_ascii=ascii) for text in HOSTILE for ascii in (False, True)]
-    batch = batch_of(RECORDS, row=range(len(records)), record=records, embedding=[[1, 2, 3]] * len(records))
+    batch = batch_of(RECORDS, row=range(len(records)), **{"{record}": records}, embedding=[[1, 2, 3]] * len(records))
     data = written("jsonl", RECORDS, batch)
     assert data.count(b"\n") == len(records)
     assert [row["text"] for row in jsonl_rows(data)] == [text for text in HOSTILE for _ in range(2)]

@@ -198,7 +198,7 @@ def batch(at_s, rows=10, tokens=100):
     return Batch(at_s=at_s, unit="a", rows=rows, tokens=tokens)
 
 
-FOUND = [WindowFound(at_s=1, rows=100, scanned_share=0.25), WindowPrepared(at_s=1, rows=100, tokens=2000)]
+FOUND = [WindowFound(at_s=1, rows=100, scanned_share=0.25), WindowPrepared(at_s=1, records=100, rows=100, tokens=2000)]
 
 
 @pytest.fixture

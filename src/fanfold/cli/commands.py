@@ -36,6 +36,9 @@ def embed(
     prefix_text: str | None = None,
     prompt_name: str | None = None,
     max_length: int | None = None,
+    chunk: int | None = None,
+    overlap: int | None = None,
+    merge: str | None = None,
     dtype: str = "float32",
     revision: str | None = None,
     on_error: str = "quarantine",
@@ -83,6 +86,12 @@ def embed(
         A prompt that the model's files name.
     max_length
         Tokens kept of a text; the model's own limit if left away.
+    chunk
+        Cut long texts into parts of so many tokens, a row each (columns record and part).
+    overlap
+        Tokens that a part shares with the one before.
+    merge
+        mean: one vector a text again, the mean over its parts.
     dtype
         float32 or bfloat16.
     revision
@@ -135,6 +144,9 @@ def embed(
         prefix_text=prefix_text,
         prompt_name=prompt_name,
         max_length=max_length,
+        chunk=chunk,
+        overlap=overlap,
+        merge=merge,
         dtype=dtype,
         revision=revision,
         on_error=on_error,

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # How the kept columns of a record travel: `typed` as Arrow columns of a schema fixed before work starts (for
-# Parquet and CSV output), `json` as a column `record` of JSON objects as strings (for JSONL output).
+# Parquet and CSV output), `json` as one column of JSON objects as strings (for JSONL output).
 Form = Literal["typed", "json"]
-RECORD_COLUMN = "record"
+RECORD_COLUMN = "{record}"  # no column of an input or a result is called so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,7 @@ class RowFailure:
     id: str | int | float | None = None  # value of the id column where it could be read
     piece: int | None = None  # the piece that it was computed in; None: it never got that far
     attempts: int = 1
+    part: int | None = None  # the part of the record's text, where texts are cut into parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,14 +69,15 @@ class _OpenWindow:
     leases: dict[int, tuple[int, str | None, str | None]] = field(default_factory=dict)  # first -> last, name, sha256
     rescued: tuple[str, str] | None = None  # name and sha256 of rows saved from an older output
     lines: dict[int, dict[str, Any]] = field(default_factory=dict)  # first -> the lease's line in the log
-    failed: set[int] = field(default_factory=set)
+    failed: set[tuple[int, int | None]] = field(default_factory=set)  # offset and part
 
 
 @dataclass(slots=True)
 class Totals:
     """What the log says so far, and what this run has added."""
 
-    rows_found: int = 0
+    rows_found: int = 0  # records of the input
+    rows_prepared: int = 0  # what was made of them: the same number, unless texts are cut into parts
     num_windows: int = 0
     rows_computed: int = 0
     rows_resumed: int = 0
@@ -419,8 +420,10 @@ class JobAgenda:
         window.costs = tuple(entry["costs"])
         self.totals.truncated += entry["truncated"]
         self._note_failures(window, entry["failed"])
-        tokens = sum(entry["costs"])
-        self._tell(WindowPrepared(at_s=time.monotonic(), rows=window.detail.window.num_rows, tokens=tokens))
+        rows = sum(entry["rows"]) + len(entry["failed"])
+        self.totals.rows_prepared += rows
+        records = window.detail.window.num_rows
+        self._tell(WindowPrepared(at_s=time.monotonic(), records=records, rows=rows, tokens=sum(entry["costs"])))
 
     def _publish_lease(self, lease: Compute, result: LeaseDone) -> dict[str, Any]:
         window = self._open[lease.window]
@@ -528,10 +531,12 @@ class JobAgenda:
         self.totals.rows_computed -= entry["rows"]
         self.totals.tokens -= entry["tokens"]
         self.totals.padded_tokens -= entry["padded_tokens"]
-        offsets = {failure["offset"] for failure in entry["failed"]}
-        window.failed -= offsets
-        rows = {window.detail.window.first_row + offset for offset in offsets}
-        self.totals.failures = [failure for failure in self.totals.failures if failure["row"] not in rows]
+        gone = {(failure["offset"], failure.get("part")) for failure in entry["failed"]}
+        window.failed -= gone
+        first = window.detail.window.first_row
+        self.totals.failures = [
+            failure for failure in self.totals.failures if (failure["row"] - first, failure.get("part")) not in gone
+        ]
 
     def _publish(self, temporary: str, name: str, sha256: str) -> None:
         """Put it under its name; what stands there already must be the same."""
@@ -570,10 +575,12 @@ class JobAgenda:
 
     def _note_failures(self, window: _OpenWindow, failures: list[dict[str, Any]]) -> None:
         for failure in failures:
-            window.failed.add(failure["offset"])
+            part = failure.get("part")
+            window.failed.add((failure["offset"], part))
             self.totals.failures.append(
                 {
                     "row": window.detail.window.first_row + failure["offset"],
+                    **({} if part is None else {"part": part}),
                     "id": failure["id"],
                     "error": failure["error"],
                     "message": failure["message"],

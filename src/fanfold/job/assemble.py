@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from fanfold.data.sink import open_sink
 from fanfold.errors import InternalError
-from fanfold.job.compute import arrow_type, result_schema
+from fanfold.job.compute import WHOLE, arrow_type, column_array, result_schema
 from fanfold.job.prepare import HashingFile, ensure_prepared, is_sound
-from fanfold.job.work import Damaged, JobWork, PartDone, WindowResult, kept_name
+from fanfold.job.work import Damaged, JobWork, PartDone, WindowResult, items_name, kept_name, merges, place_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,11 +26,11 @@ _ROWS_AT_ONCE = 1024
 
 
 def output_schema(work: JobWork) -> pa.Schema:
-    """row, the kept columns, the result columns (with the prefix)."""
+    """row (or record and part), the kept columns, the result columns (with the prefix)."""
     prefix = work.output.prefix
     return pa.schema(
         [
-            (prefix + "row", pa.int64()),
+            *((prefix + name, pa.int64()) for name in place_names(work.task)),
             *work.source.kept_schema,
             *((prefix + column.name, arrow_type(column)) for column in work.task.columns),
         ]
@@ -77,54 +77,109 @@ def window_batches(
     work: JobWork, window: WindowResult, store: PosixStore, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
     """A computed window's output rows in order, in batches of bounded size."""
-    results = _results(work, window, store)
+    rows = _rows(work, window, store)
+    starts = np.searchsorted(rows.offsets, np.arange(window.detail.window.num_rows + 1))  # of each record's rows
     first_row = window.detail.window.first_row
-    position = np.full(window.detail.window.num_rows, -1, dtype=np.int64)
-    position[results.column("offset").to_numpy()] = np.arange(results.num_rows)
-    position[list(window.failed)] = -1
-    start = 0
+    num_records = 0
     with pa.memory_map(str(store.path(kept_name(window.detail.window.index)))) as mapped:
         for kept in pa.ipc.open_stream(mapped):
-            for begin in range(0, kept.num_rows, _ROWS_AT_ONCE):
-                piece = kept.slice(begin, _ROWS_AT_ONCE)
-                places = position[start : start + piece.num_rows]
-                numbers = first_row + np.arange(start, start + piece.num_rows)
-                start += piece.num_rows
-                missing = places < 0
-                if missing.any() and not work.output.failed_as_null:
-                    chosen = np.flatnonzero(~missing)
-                    piece, places, numbers = piece.take(pa.array(chosen)), places[chosen], numbers[chosen]
-                    missing = places < 0
-                if not len(places):
+            end = num_records + kept.num_rows
+            for begin in range(starts[num_records], starts[end], _ROWS_AT_ONCE):
+                chosen = np.arange(begin, min(begin + _ROWS_AT_ONCE, starts[end]))
+                if not work.output.failed_as_null:
+                    chosen = chosen[rows.places[chosen] >= 0]
+                if not len(chosen):
                     continue
-                taken = results.take(pa.array(places, mask=missing))
-                columns = [taken.column(i).combine_chunks() for i in range(1, taken.num_columns)]
-                arrays = [pa.array(numbers), *piece.columns, *columns]
-                yield pa.record_batch(arrays, schema=schema)
-    if start != window.detail.window.num_rows:
+                offsets, places = rows.offsets[chosen], rows.places[chosen]
+                taken = rows.results.take(pa.array(places, mask=places < 0))
+                numbers = [first_row + offsets, rows.parts[chosen]][: len(place_names(work.task))]
+                columns = [taken.column(column.name).combine_chunks() for column in work.task.columns]
+                repeated = kept.take(pa.array(offsets - num_records))
+                yield pa.record_batch([*map(pa.array, numbers), *repeated.columns, *columns], schema=schema)
+            num_records = end
+    if num_records != window.detail.window.num_rows:
         raise InternalError(
             f"window {window.detail.window.index}: {window.detail.window.num_rows} rows",
-            found=f"{start} rows of kept columns",
+            found=f"{num_records} rows of kept columns",
             allowed="every row once",
             do="report this",
         )
 
 
-def _results(work: JobWork, window: WindowResult, store: PosixStore) -> pa.Table:
+class _Rows(NamedTuple):
+    """A window's output rows in order, int64 [n] each; places: where in `results` a row stands, -1: it failed."""
+
+    offsets: np.ndarray
+    parts: np.ndarray
+    places: np.ndarray
+    results: pa.Table
+
+
+def _rows(work: JobWork, window: WindowResult, store: PosixStore) -> _Rows:
     batches = []
     for lease in window.leases:
         with pa.memory_map(str(store.path(lease.name))) as mapped:
             batches += list(pa.ipc.open_stream(mapped))
-    table = pa.Table.from_batches(batches, schema=result_schema(work.task.columns))
-    expected = window.detail.window.num_rows - len(window.failed)
-    if table.num_rows < expected:
+    results = pa.Table.from_batches(batches, schema=result_schema(work.task)).combine_chunks()
+    found = _keys(results)
+    wanted = _wanted(work, window, store, found)
+    found = np.concatenate([[-1], found])  # in front, so that there always is one that is not larger
+    order = np.argsort(found, kind="stable")
+    at = order[np.searchsorted(found, wanted, side="right", sorter=order) - 1]  # of rows found twice: the last
+    places = np.where(found[at] == wanted, at - 1, -1)
+    failed = np.isin(wanted, [offset << 32 | (part or 0) for offset, part in window.failed])
+    if (places[~failed] < 0).any():
         raise InternalError(
-            f"window {window.detail.window.index}: results of {expected} rows",
-            found=f"{table.num_rows}",
+            f"window {window.detail.window.index}: results of {np.count_nonzero(~failed)} rows",
+            found=f"{np.count_nonzero(places[~failed] >= 0)}",
             allowed="a result or a recorded failure for each row",
             do="report this",
         )
-    return table.combine_chunks()
+    places[failed] = -1
+    rows = _Rows(wanted >> 32, wanted & 0xFFFFFFFF, places, results)
+    return _merge(work, rows) if merges(work.task) else rows
+
+
+def _keys(rows: pa.Table) -> np.ndarray:
+    """offset and part as one number, int64 [n]: in the order of (offset, part)."""
+    keys: np.ndarray = rows.column("offset").to_numpy().astype(np.int64) << 32
+    return keys | rows.column("part").to_numpy() if "part" in rows.column_names else keys
+
+
+def _wanted(work: JobWork, window: WindowResult, store: PosixStore, found: np.ndarray) -> np.ndarray:
+    """The keys of all rows that the window must give, in order, failed ones included. `found`: keys of results."""
+    records = np.arange(window.detail.window.num_rows)
+    if work.task.chunking is None:
+        return records << 32
+    with pa.memory_map(str(store.path(items_name(window.detail.window.index)))) as mapped:
+        prepared = _keys(pa.ipc.open_file(mapped).read_all())
+    if merges(work.task):  # some were merged before, and saved from an older output
+        whole = found[found & 0xFFFFFFFF == WHOLE]
+        prepared = np.concatenate([prepared[~np.isin(prepared >> 32, whole >> 32)], whole])
+    unread = np.setdiff1d(records, prepared >> 32)  # they failed before they had parts
+    return np.sort(np.concatenate([prepared, unread << 32]))
+
+
+def _merge(work: JobWork, rows: _Rows) -> _Rows:
+    """One row a record: its parts' results merged; it failed where one of them did."""
+    columns = work.task.columns
+    tokens = rows.results.column("tokens").to_numpy()
+    values = {
+        column.name: rows.results.column(column.name).combine_chunks().flatten().to_numpy().reshape(-1, column.width)
+        for column in columns
+    }
+    starts = np.flatnonzero(np.diff(rows.offsets, prepend=-1))
+    ends = np.append(starts[1:], len(rows.offsets))
+    good = np.array([(rows.places[start:end] >= 0).all() for start, end in zip(starts, ends, strict=True)], dtype=bool)
+    merged: dict[str, list[Any]] = {column.name: [] for column in columns}
+    for start, end in zip(starts[good], ends[good], strict=True):
+        places = rows.places[start:end]
+        of_parts = {name: value[places] for name, value in values.items()}
+        for name, value in work.task.merge_parts(of_parts, tokens[places].tolist()).items():
+            merged[name].append(value[None])
+    results = pa.table({column.name: column_array(merged[column.name], column) for column in columns})
+    offsets = rows.offsets[starts]
+    return _Rows(offsets, np.zeros_like(offsets), np.where(good, np.cumsum(good) - 1, -1), results)
 
 
 def hash_batch(digest: hashlib._Hash, batch: pa.RecordBatch) -> None:

@@ -29,6 +29,9 @@ class EmbedFlags:
     prefix_text: str | None = None
     prompt_name: str | None = None
     max_length: int | None = None
+    chunk: int | None = None
+    overlap: int | None = None
+    merge: str | None = None
     dtype: str = "float32"
     revision: str | None = None
     on_error: str = "quarantine"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fanfold.data.source import RowFailure
 from fanfold.errors import DataError, FanfoldError, InternalError, OutOfMemory, cause_line
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
     from fanfold.data.durable import PosixStore
     from fanfold.engine.engine import Desk
     from fanfold.engine.schedule import Compute
-    from fanfold.tasks.task import Column, Opened
+    from fanfold.tasks.task import Column, Opened, Task
+
+
+WHOLE = 0x7FFFFFFF  # as a part: the record's parts, merged already
 
 
 def arrow_type(column: Column) -> pa.DataType:
@@ -39,9 +43,19 @@ def arrow_type(column: Column) -> pa.DataType:
     return {"text": pa.string(), "float": pa.float64(), "integer": pa.int64()}[column.kind]
 
 
-def result_schema(columns: tuple[Column, ...]) -> pa.Schema:
-    """offset within the window, then the result columns."""
-    return pa.schema([("offset", pa.int32()), *((column.name, arrow_type(column)) for column in columns)])
+def column_array(values: Sequence[Any], column: Column) -> pa.Array:
+    """The results of batches, one array [rows, ...] each, as one Arrow array."""
+    if column.kind != "vector":
+        return pa.array([value for batch in values for value in batch], arrow_type(column))
+    flat = np.concatenate([np.empty((0, column.width), dtype=np.float32), *values])
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), column.width)
+
+
+def result_schema(task: Task) -> pa.Schema:
+    """offset within the window, for texts in parts the part and its number of tokens, then the result columns."""
+    place = ["offset"] if task.chunking is None else ["offset", "part", "tokens"]
+    fields = [(name, pa.int32()) for name in place]
+    return pa.schema([*fields, *((column.name, arrow_type(column)) for column in task.columns)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +67,7 @@ class BatchItems:
     length: int
     piece: int
     names: list[str | None] = field(default_factory=list)  # the id column as JSON, where one was named
+    parts: list[int] | None = None  # of each row's text
 
 
 def batches_of(items: pa.RecordBatch, piece: int) -> Iterator[BatchItems]:
@@ -61,13 +76,15 @@ def batches_of(items: pa.RecordBatch, piece: int) -> Iterator[BatchItems]:
     lengths = items.column("length").to_numpy()
     offsets = items.column("offset").to_pylist()
     names = items.column("id").to_pylist()
+    parts = items.column("part").to_pylist() if "part" in items.schema.names else None
     column = items.column("ids")
     ends = column.offsets.to_numpy()
     flat = column.values.to_numpy()
     borders = [0, *(np.flatnonzero(np.diff(batch)) + 1).tolist(), len(batch)]
     for start, stop in pairwise(borders):
         ids = [flat[ends[row] : ends[row + 1]] for row in range(start, stop)]
-        yield BatchItems(offsets[start:stop], ids, int(lengths[start]), piece, names[start:stop])
+        of_batch = None if parts is None else parts[start:stop]
+        yield BatchItems(offsets[start:stop], ids, int(lengths[start]), piece, names[start:stop], of_batch)
 
 
 def compute_lease(
@@ -77,7 +94,6 @@ def compute_lease(
     ensure_prepared(work, opened, detail, store)
     if detail.trial is not None:
         return _try(opened, lease, detail.trial, desk, store)
-    columns = work.task.columns
     buffer = io.BytesIO()
     failures: list[RowFailure] = []
     rows = tokens = padded_tokens = 0
@@ -86,7 +102,7 @@ def compute_lease(
     with (
         desk.timed("compute", f"window {lease.window} pieces {lease.first}-{lease.last}"),
         pa.memory_map(str(store.path(items_name(lease.window)))) as mapped,
-        pa.ipc.new_stream(buffer, result_schema(columns)) as writer,
+        pa.ipc.new_stream(buffer, result_schema(work.task)) as writer,
     ):
         reader = pa.ipc.open_file(mapped)
         for piece in range(lease.first, lease.last + 1):
@@ -102,7 +118,7 @@ def compute_lease(
                 tokens += sum(map(len, batch.ids))
                 padded_tokens += len(batch.ids) * batch.length
                 desk.beat(len(batch.ids), len(batch.ids) * batch.length)
-            writer.write_batch(_record(items.column("offset"), results, columns))
+            writer.write_batch(_record(items, results, work.task))
             last = piece
             if desk.stopping():
                 break
@@ -232,6 +248,7 @@ def _failure(batch: BatchItems, row: int, error: str, message: str) -> RowFailur
         error=error,
         message=message,
         id=None if name is None else json.loads(name),
+        part=batch.parts[row] if batch.parts else None,
         piece=batch.piece,
         attempts=2,
     )
@@ -253,21 +270,18 @@ def _try(opened: Opened, lease: Compute, trial: Trial, desk: Desk, store: PosixS
     return TrialDone(passed=True)
 
 
-def _record(offsets: pa.Array, results: Sequence[dict[str, Any]], columns: tuple[Column, ...]) -> pa.RecordBatch:
-    arrays = [offsets]
-    for column in columns:
-        values = [result[column.name] for result in results]
-        if column.kind == "vector":
-            flat = np.ascontiguousarray(np.concatenate(values), dtype=np.float32)
-            array = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), column.width)
-        else:
-            array = pa.array([value for batch in values for value in batch], arrow_type(column))
-        if len(array) != len(offsets):
+def _record(items: pa.RecordBatch, results: Sequence[dict[str, Any]], task: Task) -> pa.RecordBatch:
+    arrays = [items.column("offset")]
+    if task.chunking is not None:
+        arrays += [items.column("part"), pc.list_value_length(items.column("ids"))]
+    for column in task.columns:
+        array = column_array([result[column.name] for result in results], column)
+        if len(array) != len(items):
             raise InternalError(
-                f"{len(offsets)} values of {column.name}",
+                f"{len(items)} values of {column.name}",
                 found=f"the task returned {len(array)}",
                 allowed="one value a row",
                 do="report this, or fix the task if it is yours",
             )
         arrays.append(array)
-    return pa.record_batch(arrays, schema=result_schema(columns))
+    return pa.record_batch(arrays, schema=result_schema(task))

@@ -26,6 +26,9 @@ def embed_files(
     max_length: int | None = None,
     prefix_text: str | None = None,
     prompt_name: str | None = None,
+    chunk: int | None = None,
+    overlap: int | None = None,
+    merge: str | None = None,
     display: Display | None = None,
     signals: bool = False,
     **request: Any,
@@ -41,6 +44,9 @@ def embed_files(
         max_length=max_length,
         prefix_text=prefix_text,
         prompt_name=prompt_name,
+        chunk=chunk,
+        overlap=overlap,
+        merge=merge,
     )
     # Heavy imports begin only once the cheap checks have passed.
     from fanfold.job.request import Request
@@ -69,7 +75,7 @@ def embed(
     (it comes back with the column `embedding`); a path is read. Row order is kept.
 
     `on_error` in memory is `stop` (DataError names the row) unless it is `null` (NaN or null for that row).
-    Other keywords are the command line's: revision, dtype, max_length, prefix_text, prompt_name, keep, id, ...
+    Other keywords are the command line's: revision, dtype, max_length, chunk, prefix_text, keep, id, ...
     Raises: the errors of fanfold.errors; MissingExtra says what to install.
     """
     display = None

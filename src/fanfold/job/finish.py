@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fanfold.data import journal
 from fanfold.data.folder import QUARANTINE, SUCCESS, SUMMARY, TRACE, write_json
 from fanfold.errors import InternalError, StorageError
+from fanfold.job.work import merges
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,17 +28,20 @@ def finish(
     work: JobWork, plan: Plan, store: PosixStore, output: Output, totals: Totals, timeline: Timeline
 ) -> dict[str, Any]:
     """The summary; the output stands complete under the name that the user gave."""
-    rows_failed = len({failure["row"] for failure in totals.failures})
-    rows_ok = totals.rows_found - rows_failed
-    expected = totals.rows_found if work.output.failed_as_null else rows_ok
+    chunking, merged = work.task.chunking, merges(work.task)
+    failures = _a_row_each(totals.failures, merged=merged)
+    rows_in = totals.rows_found if chunking is None or merged else totals.rows_prepared
+    rows_failed = len(failures)
+    rows_ok = rows_in - rows_failed
+    expected = rows_in if work.output.failed_as_null else rows_ok
     if totals.rows_assembled != expected:
         raise InternalError(
             f"{expected} rows in the output",
-            found=f"{totals.rows_assembled} rows ({totals.rows_found} in, {rows_failed} failed)",
+            found=f"{totals.rows_assembled} rows ({rows_in} in, {rows_failed} failed)",
             allowed="rows_in = rows_ok + rows_failed",
             do=f"report this; the folder {store.root} is kept as it is",
         )
-    write_quarantine(store, totals.failures)
+    write_quarantine(store, failures)
     parts = [entry for _, entry in sorted(totals.parts.items())]
     if not parts:
         parts = [_empty_part(work, store)]
@@ -48,9 +52,10 @@ def finish(
     computed = totals.rows_computed - totals.rows_resumed
     idle_share = timeline.idle_share()
     summary = {
-        "rows_in": totals.rows_found,
+        "rows_in": rows_in,
         "rows_ok": rows_ok,
         "rows_failed": rows_failed,
+        **({"records_in": totals.rows_found, "chunks": totals.rows_computed} if chunking else {}),
         "rows_resumed": totals.rows_resumed,
         "truncated": totals.truncated,
         "elapsed_s": round(elapsed_s, 3),
@@ -89,14 +94,22 @@ def output_sha256(parts: list[dict[str, Any]]) -> str:
     return digest.hexdigest()
 
 
+def _a_row_each(failures: list[dict[str, Any]], *, merged: bool) -> list[dict[str, Any]]:
+    """In row order, each row once; a text whose parts are merged fails with the first of them that did."""
+    found: dict[tuple[int, int | None], dict[str, Any]] = {}
+    for failure in sorted(failures, key=lambda failure: (failure["row"], failure.get("part", 0))):
+        found.setdefault((failure["row"], None if merged else failure.get("part")), failure)
+    return [*found.values()]
+
+
 def write_quarantine(store: PosixStore, failures: list[dict[str, Any]]) -> None:
-    """One line per failed row in row order; no file where there is none."""
+    """One line per failed row; no file where there is none."""
     if not failures:
         store.remove(QUARANTINE)
         return
     lines = [
         json.dumps({key: value for key, value in failure.items() if key != "window"}, ensure_ascii=True)
-        for failure in sorted(failures, key=lambda failure: failure["row"])
+        for failure in failures
     ]
     store.replace(QUARANTINE, ("\n".join(lines) + "\n").encode("ascii"))
 

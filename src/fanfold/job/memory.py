@@ -16,6 +16,7 @@ from fanfold.errors import DataError, InputError, PlanError
 from fanfold.job.finish import read_output
 from fanfold.job.request import Request
 from fanfold.job.run import run_job
+from fanfold.job.work import merges
 from fanfold.tasks.embed import make_embed
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from fanfold.job.run import Display
 
-_MODEL_OPTIONS = ("revision", "dtype", "max_length", "prefix_text", "prompt_name")
+_MODEL_OPTIONS = ("revision", "dtype", "max_length", "prefix_text", "prompt_name", "chunk", "overlap", "merge")
 _REQUEST_OPTIONS = ("limit", "prefix", "memory_per_unit", "max_failures", "compile")
 
 
@@ -47,6 +48,13 @@ def embed_in_memory(
             do="leave them away, or give an output: ff.embed('docs.jsonl', 'out/', ...)",
         )
     task = make_embed(model=model, **{name: options.pop(name) for name in _MODEL_OPTIONS if name in options})
+    if task.chunking is not None and not merges(task):
+        raise PlanError(
+            f"ff.embed(data, chunk={task.chunking.tokens})",
+            found="several vectors for one text",
+            allowed="one vector for each text in memory",
+            do='add merge="mean", or give an output: ff.embed("docs.jsonl", "out/", chunk=...)',
+        )
     width = task.columns[0].width
     if isinstance(data, str | Path):
         return _run(task, [str(data)], column, on, on_error, width, display, options)

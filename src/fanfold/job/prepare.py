@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,16 @@ ITEMS = pa.schema(
         ("id", pa.string()),  # the id column's value as JSON, null where none was named
     ]
 )
+ITEMS_IN_PARTS = ITEMS.append(pa.field("part", pa.int32()))  # of texts that are cut into parts
+
+
+class Item(NamedTuple):
+    """What is computed as one row: a text, or a part of it."""
+
+    offset: int  # of the record within its window
+    part: int
+    ids: np.ndarray
+    name: Any  # the id column's value
 
 
 class HashingFile:
@@ -81,9 +92,7 @@ def prepare_window(
 ) -> PreparedWindow:
     """Both files of the window stand in OUT/windows; the same rows always give the same files."""
     failures: list[RowFailure] = []
-    offsets: list[int] = []
-    ids: list[np.ndarray] = []
-    row_ids: list[Any] = []
+    items: list[Item] = []
     truncated = 0
     tag = f"{window.index:09d}-{os.getpid()}"
     kept_tmp = store.path(f"tmp/k-{tag}")
@@ -103,23 +112,22 @@ def prepare_window(
                     failures += [_too_long(rows[i][0], names.get(rows[i][0])) for i in prepared.truncated]
                 else:
                     truncated += len(prepared.truncated)
-                for i, (offset, _) in enumerate(rows):
+                parts = prepared.parts or [1] * len(rows)
+                for i, ((offset, _), stop) in enumerate(zip(rows, accumulate(parts), strict=True)):
                     if i not in too_long:
-                        offsets.append(offset)
-                        ids.append(prepared.ids[i])
-                        row_ids.append(names.get(offset))
+                        for part, ids in enumerate(prepared.ids[stop - parts[i] : stop]):
+                            items.append(Item(offset, part, ids, names.get(offset)))
             kept.write_batch(chunk.kept)
             alive()
-    lengths = [len(row) for row in ids]
+    lengths = [len(item.ids) for item in items]
     plan = cut(
-        offsets,
+        range(len(items)),
         lengths,
         batch_tokens=work.numerics.batch_tokens,
         piece_batches=work.numerics.piece_batches,
     )
     items_tmp = store.path(f"tmp/w-{tag}")
-    rows_by_offset = {offset: (row, row_id) for offset, row, row_id in zip(offsets, ids, row_ids, strict=True)}
-    items_sha256 = _write_items(items_tmp, plan, rows_by_offset)
+    items_sha256 = _write_items(items_tmp, plan, items, in_parts=work.task.chunking is not None)
     os.replace(kept_tmp, store.path(kept_name(window.index)))
     os.replace(items_tmp, store.path(items_name(window.index)))
     return PreparedWindow(
@@ -140,27 +148,26 @@ def _too_long(offset: int, row_id: Any) -> RowFailure:
     )
 
 
-def _write_items(path: Path, plan: Cut, rows: dict[int, tuple[np.ndarray, Any]]) -> str:
-    with HashingFile(path) as file, pa.ipc.new_file(pa.PythonFile(file, mode="w"), ITEMS) as writer:
+def _write_items(path: Path, plan: Cut, items: list[Item], *, in_parts: bool) -> str:
+    schema = ITEMS_IN_PARTS if in_parts else ITEMS
+    with HashingFile(path) as file, pa.ipc.new_file(pa.PythonFile(file, mode="w"), schema) as writer:
         for piece in plan.pieces:
-            order = plan.order[piece[0].start : piece[-1].stop]
+            rows = [items[slot] for slot in plan.order[piece[0].start : piece[-1].stop]]
             batch_of = [number for number, batch in enumerate(piece) for _ in range(batch.rows)]
             length_of = [batch.length for batch in piece for _ in range(batch.rows)]
-            ends = np.cumsum([0, *(len(rows[offset][0]) for offset in order)], dtype=np.int32)
-            flat = np.concatenate([rows[offset][0] for offset in order])
-            names = [None if rows[offset][1] is None else json.dumps(rows[offset][1]) for offset in order]
-            writer.write_batch(
-                pa.record_batch(
-                    [
-                        pa.array(order, pa.int32()),
-                        pa.array(batch_of, pa.int32()),
-                        pa.array(length_of, pa.int32()),
-                        pa.ListArray.from_arrays(pa.array(ends), pa.array(flat)),
-                        pa.array(names, pa.string()),
-                    ],
-                    schema=ITEMS,
-                )
-            )
+            ends = np.cumsum([0, *(len(row.ids) for row in rows)], dtype=np.int32)
+            flat = np.concatenate([row.ids for row in rows])
+            names = [None if row.name is None else json.dumps(row.name) for row in rows]
+            columns = [
+                pa.array([row.offset for row in rows], pa.int32()),
+                pa.array(batch_of, pa.int32()),
+                pa.array(length_of, pa.int32()),
+                pa.ListArray.from_arrays(pa.array(ends), pa.array(flat)),
+                pa.array(names, pa.string()),
+            ]
+            if in_parts:
+                columns.append(pa.array([row.part for row in rows], pa.int32()))
+            writer.write_batch(pa.record_batch(columns, schema=schema))
     return file.sha256
 
 

@@ -16,10 +16,10 @@ from fanfold.data.folder import RUN, SUCCESS, write_json
 from fanfold.data.listing import open_binary
 from fanfold.engine.schedule import Schedule
 from fanfold.errors import ResumeError
-from fanfold.job.compute import arrow_type, result_schema
+from fanfold.job.compute import WHOLE, arrow_type, result_schema
 from fanfold.job.log import borders, open_windows, settle
 from fanfold.job.window import window_of
-from fanfold.job.work import JobWork, rescue_name
+from fanfold.job.work import JobWork, merges, place_names, rescue_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,8 +114,11 @@ def reopen_failed(work: JobWork, store: PosixStore, output: Output, entries: Seq
         path = output.file or store.path(part["name"])
         rescued = []
         for index in range(part["first"], part["last"] + 1):
-            name, sha256 = _rescue(work, store, path, windows[index], generation)
-            pieces = sorted(failed.get(index, {}))
+            name, sha256, pieces = None, None, sorted(failed.get(index, {}))
+            if pieces and merges(work.task):  # the merged rows hold no part's own result
+                pieces = [*range(len(windows[index]["rows"]))]
+            else:
+                name, sha256 = _rescue(work, store, path, windows[index], generation)
             rescued.append({"window": index, "name": name, "sha256": sha256, "pieces": pieces})
         reopened.append({"part": part["part"], "generation": generation, "windows": rescued})
     store.sync_folder("pieces")
@@ -156,9 +159,9 @@ def _rescue(
 
 
 def stored_results(work: JobWork, path: Path, first: int, count: int) -> pa.Table:
-    """offset and result columns of the rows [first, first + count) that have a result in the output file."""
+    """What the output file holds of the records [first, first + count), as results of the task."""
     prefix, columns = work.output.prefix, work.task.columns
-    names = [prefix + "row", *(prefix + column.name for column in columns)]
+    names = [prefix + name for name in (*place_names(work.task), *(column.name for column in columns))]
     if work.output.format == "parquet":
         import pyarrow.dataset as ds
 
@@ -168,32 +171,37 @@ def stored_results(work: JobWork, path: Path, first: int, count: int) -> pa.Tabl
         )
     else:
         table = _text_rows(path, work, names, first, count)
-    table = table.filter(pc.is_valid(table.column(1))).combine_chunks()
-    offsets = table.column(0).to_numpy() - first
-    arrays = [pa.array(offsets, pa.int32()), *(table.column(i + 1).combine_chunks() for i in range(len(columns)))]
-    return pa.table(arrays, schema=result_schema(columns))
+    table = table.filter(pc.is_valid(table.column(prefix + columns[0].name))).combine_chunks()
+    place = [table.column(0).to_numpy() - first]
+    if work.task.chunking is not None:
+        parts = np.full(len(table), WHOLE) if merges(work.task) else table.column(1).to_numpy()
+        place += [parts, np.zeros(len(table))]
+    arrays = [*(pa.array(values.astype(np.int32)) for values in place), *table.columns[len(names) - len(columns) :]]
+    return pa.table(arrays, schema=result_schema(work.task))
 
 
 def _text_rows(path: Path, work: JobWork, names: list[str], first: int, count: int) -> pa.Table:
     import csv
     import json
 
+    num_places = len(names) - len(work.task.columns)
     cells: list[list[Any]] = [[] for _ in names]
     with path.open(encoding="utf-8", newline="") as file, long_fields():
         records: Any = map(json.loads, file) if work.output.format == "jsonl" else csv.DictReader(file)
         for record in records:
-            number = int(record[names[0]])
-            if not first <= number < first + count:
+            if not first <= int(record[names[0]]) < first + count:
                 continue
-            cells[0].append(number)
-            for at, (name, column) in enumerate(zip(names[1:], work.task.columns, strict=True), 1):
+            for at in range(num_places):
+                cells[at].append(int(record[names[at]]))
+            for at, column in enumerate(work.task.columns, num_places):
+                name = names[at]
                 value = record[name]
                 if isinstance(value, str) and column.kind != "text":
                     value = json.loads(value) if value else None
                 if column.kind == "vector" and value is not None:
                     value = np.asarray(value, dtype=np.float32)
                 cells[at].append(value)
-    types = [pa.int64(), *(arrow_type(column) for column in work.task.columns)]
+    types = [*[pa.int64()] * num_places, *(arrow_type(column) for column in work.task.columns)]
     return pa.table([pa.array(values, kind) for values, kind in zip(cells, types, strict=True)], names=names)
 
 

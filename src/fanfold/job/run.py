@@ -27,7 +27,7 @@ from fanfold.job.fingerprint import check_same, fingerprint
 from fanfold.job.finish import finish
 from fanfold.job.log import borders, open_windows, settle
 from fanfold.job.reopen import accept_inputs, mend, reopen_failed
-from fanfold.job.work import JobWork, OutputRules, unit_imports
+from fanfold.job.work import JobWork, OutputRules, place_names, unit_imports
 from fanfold.machine.discover import discover
 from fanfold.machine.threads import held_threads
 from fanfold.plan.numerics import Numerics, windows_per_part
@@ -300,7 +300,7 @@ def _check_inputs_outside(request: Request, output: Output) -> None:
 
 def result_names(task: Task, prefix: str) -> list[str]:
     """The names of the columns that the job adds."""
-    return [prefix + "row", *(prefix + column.name for column in task.columns)]
+    return [prefix + name for name in (*place_names(task), *(column.name for column in task.columns))]
 
 
 def _finished(store: PosixStore, output: Output, entries: list[dict[str, Any]]) -> dict[str, Any] | None:

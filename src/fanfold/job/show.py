@@ -84,7 +84,8 @@ def _failures(opened: Any) -> list[str]:
     rows = [json.loads(line) for line in data.splitlines()]
     lines = ["", f"failed rows ({len(rows):,}):"]
     for row in rows[:_MAX_FAILURES]:
-        lines.append(f"  row {row['row']}: {row['error']}: {printable(row['message'])}")
+        part = f" part {row['part']}" if "part" in row else ""
+        lines.append(f"  row {row['row']}{part}: {row['error']}: {printable(row['message'])}")
     if len(rows) > _MAX_FAILURES:
         lines.append(f"  and {len(rows) - _MAX_FAILURES:,} more in {opened.store.path(QUARANTINE)}")
     return lines

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from fanfold.job.prepare import prepare_window
 from fanfold.job.reopen import stored_results
 from fanfold.job.request import Request
 from fanfold.job.window import window_of
-from fanfold.job.work import JobWork, OutputRules, items_name
+from fanfold.job.work import JobWork, OutputRules, items_name, merges, place_names
 from fanfold.machine.discover import discover
 from fanfold.machine.threads import held_threads
 from fanfold.plan.numerics import Numerics
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fanfold.data.source import Window
+    from fanfold.tasks.task import Task
+
+Place = tuple[int, int | None]  # a record's offset within its window, and the part of its text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +102,16 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
     task = make_embed(
         model=model or opened.run["task"]["reference"],
         dtype=numerics.dtype,
-        max_length=stored["task"]["max_length"],
+        max_length=None if stored["task"].get("chunk") else stored["task"]["max_length"],
         prefix_text=stored["task"]["prompt"],
+        **_chunk_options(stored["task"].get("chunk")),
     )
     windows = {index: entry for index, entry in opened.windows.items() if sum(entry["rows"])}
-    rows_in = sum(entry["num_rows"] for entry in opened.windows.values())
+    in_parts = task.chunking is not None and not merges(task)
+    rows_in = sum(
+        sum(entry["rows"]) + len(entry["failed"]) if in_parts else entry["num_rows"]
+        for entry in opened.windows.values()
+    )
     checked = len(opened.parts)
     if not windows or not sample:
         return Verdict(
@@ -167,6 +176,10 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
             return _compare(work, opened, windows, sample, random.Random(seed), rows_in, store)
 
 
+def _chunk_options(chunk: dict[str, Any] | None) -> dict[str, Any]:
+    return {} if chunk is None else {"chunk": chunk["tokens"], "overlap": chunk["overlap"], "merge": chunk["merge"]}
+
+
 def _compare(
     work: JobWork,
     opened: OpenedRun,
@@ -193,27 +206,35 @@ def _compare(
                 do="did the input change? Start anew with --overwrite, or report this",
             )
         expected = _stored_rows(work, opened, window)
-        failed = {failure["offset"] for lease in opened.leases.get(index, ()) for failure in lease["failed"]}
+        failed = {
+            (failure["offset"], failure.get("part"))
+            for lease in opened.leases.get(index, ())
+            for failure in lease["failed"]
+        }
         with pa.memory_map(str(store.path(items_name(index)))) as mapped:
             reader = pa.ipc.open_file(mapped)
+            if merges(work.task):
+                pieces, offsets = _with_all_parts(reader, pieces)
+                offsets -= {offset for offset, _ in failed}
+            values: dict[Place, np.ndarray] = {}
+            tokens: dict[Place, int] = {}
             for piece in pieces:
-                items = reader.get_batch(piece)
-                results = []
-                for batch in batches_of(items, piece):
-                    real = {i for i, offset in enumerate(batch.offsets) if offset not in failed}
-                    results.append(compute_rows(loaded, batch, real))
-                batches += len(results)
-                values = np.concatenate([result[work.task.columns[0].name] for result in results])
-                for offset, value in zip(items.column(0).to_pylist(), values, strict=True):
-                    if offset in failed:
-                        continue
-                    compared += 1
-                    row = window.first_row + offset
-                    stored = expected.get(row)
-                    if stored is None or stored.tobytes() != value.tobytes():
-                        differing.append(row)
-                        if stored is not None:
-                            worst = max(worst, float(np.max(np.abs(stored - value))))
+                for batch in batches_of(reader.get_batch(piece), piece):
+                    places = [*zip(batch.offsets, batch.parts or repeat(None), strict=False)]
+                    real = {i for i, place in enumerate(places) if place not in failed}
+                    result = compute_rows(loaded, batch, real)[work.task.columns[0].name]
+                    values.update((places[i], result[i]) for i in real)
+                    tokens.update((places[i], len(batch.ids[i])) for i in real)
+                    batches += 1
+        if merges(work.task):
+            values = _merged(work.task, values, tokens, offsets)
+        for (offset, part), value in values.items():
+            compared += 1
+            stored = expected.get((offset, part))
+            if stored is None or stored.tobytes() != value.tobytes():
+                differing.append(window.first_row + offset)
+                if stored is not None:
+                    worst = max(worst, float(np.max(np.abs(stored - value))))
     verdict = Verdict(
         rows_in=rows_in,
         rows_compared=compared,
@@ -268,13 +289,40 @@ def _find_window(work: JobWork, opened: OpenedRun, index: int) -> Any:
     )
 
 
-def _stored_rows(work: JobWork, opened: OpenedRun, window: Window) -> dict[int, np.ndarray]:
-    """row -> stored vector, for the rows of one window."""
+def _stored_rows(work: JobWork, opened: OpenedRun, window: Window) -> dict[Place, np.ndarray]:
+    """(offset, part) -> stored vector, for the rows of one window."""
     part = next(part for part in opened.parts if part["first"] <= window.index <= part["last"])
     path = opened.output.file or opened.store.path(part["name"])
     table = stored_results(work, path, window.first_row, window.num_rows)
-    vectors = table.column(1).combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
-    return dict(zip((table.column(0).to_numpy() + window.first_row).tolist(), vectors, strict=True))
+    column = work.task.columns[0].name
+    vectors = table.column(column).combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+    in_parts = place_names(work.task) == ["record", "part"]
+    parts = table.column("part").to_pylist() if in_parts else [None] * table.num_rows
+    return dict(zip(zip(table.column("offset").to_pylist(), parts, strict=True), vectors, strict=True))
+
+
+def _with_all_parts(reader: Any, pieces: list[int]) -> tuple[list[int], set[int]]:
+    """The offsets of the records in these pieces, and all pieces that hold parts of them."""
+    held = [set(reader.get_batch(piece).column("offset").to_pylist()) for piece in range(reader.num_record_batches)]
+    offsets = set().union(*(held[piece] for piece in pieces))
+    return [piece for piece, found in enumerate(held) if found & offsets], offsets
+
+
+def _merged(
+    task: Task, values: dict[Place, np.ndarray], tokens: dict[Place, int], offsets: set[int]
+) -> dict[Place, np.ndarray]:
+    """One vector for each of these records."""
+    column = task.columns[0].name
+    places: dict[int, list[Place]] = {offset: [] for offset in offsets}
+    for place in sorted(values):
+        if place[0] in places:
+            places[place[0]].append(place)
+    return {
+        (offset, None): task.merge_parts({column: np.stack([values[p] for p in parts])}, [tokens[p] for p in parts])[
+            column
+        ]
+        for offset, parts in places.items()
+    }
 
 
 def _check_sums(opened: OpenedRun) -> None:

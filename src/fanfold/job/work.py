@@ -112,11 +112,11 @@ class Damaged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowResult:
-    """All of a computed window: where its leases are and which rows failed (offset -> reason)."""
+    """All of a computed window: where its leases are, and which rows failed as (offset, part)."""
 
     detail: WindowDetail
     leases: tuple[CommittedLease, ...]
-    failed: frozenset[int]
+    failed: frozenset[tuple[int, int | None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +216,16 @@ class JobWork:
                 hold_threads(self.threads)  # inline, the engine's caller gives the process its settings back
             desk.cache["loaded"] = True
         return opened
+
+
+def place_names(task: Task) -> list[str]:
+    """The columns that say where an output row comes from."""
+    return ["row"] if task.chunking is None or merges(task) else ["record", "part"]
+
+
+def merges(task: Task) -> bool:
+    """Whether a record's text is cut into parts whose results become one row again."""
+    return task.chunking is not None and task.chunking.merge is not None
 
 
 def unit_imports(task: Task) -> tuple[str, ...]:

@@ -56,7 +56,9 @@ def choose(where: Where, machine: Machine, job: Job, numerics: Numerics) -> Plan
         return _plan("inline", (Unit(name="inline"),), numerics, _share(machine, job, 1), reasons)
     if where.kind == "cuda":
         return _choose_cuda(where, machine, job, numerics)
-    room = max(1, (machine.memory_bytes - job.weights_bytes) // (job.unit_memory_bytes or UNIT_BYTES))
+    own = job.weights_bytes if numerics.compiled else 0  # a compiled library copies its weights in every process
+    each = (job.unit_memory_bytes or UNIT_BYTES) + own
+    room = max(1, (machine.memory_bytes - job.weights_bytes) // each)
     if where.count is not None:
         return _asked_for(where.count, machine, job, room, numerics)
     reasons = [f"{machine.cores} core(s) allowed: {machine.cores_reason}"]

@@ -24,6 +24,7 @@ class Figures:
         self.rows_done = rows_done
         self.rows_found = 0
         self.rows_resumed = rows_done
+        self.records_prepared = 0
         self.rows_prepared = 0
         self.cost_prepared = 0
         self.tokens = 0
@@ -44,6 +45,7 @@ class Figures:
                 self.rows_found += event.rows
                 self.scanned_share = event.scanned_share
             case WindowPrepared():
+                self.records_prepared += event.records
                 self.rows_prepared += event.rows
                 self.cost_prepared += event.tokens
             case InputEnded():
@@ -54,11 +56,14 @@ class Figures:
     @property
     def rows_expected(self) -> int | None:
         """Exact once the input was scanned; before, projected from the share of bytes scanned."""
-        if self.input_ended:
-            return self.rows_found
-        if self.scanned_share:
-            return max(self.rows_found, round(self.rows_found / self.scanned_share))
-        return None
+        found: float = self.rows_found
+        if not self.input_ended:
+            if not self.scanned_share:
+                return None
+            found = max(found, found / self.scanned_share)
+        if self.records_prepared:  # texts cut into parts are several rows each
+            found *= self.rows_prepared / self.records_prepared
+        return round(found)
 
     @property
     def elapsed_s(self) -> float:

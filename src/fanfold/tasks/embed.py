@@ -14,6 +14,7 @@ from fanfold.errors import InputError, InternalError, PlanError, RequestError, S
 from fanfold.machine.discover import discover
 from fanfold.tasks import compiled
 from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, first_of, num_matmul_weights
+from fanfold.tasks.chunking import Chunking, cut_row, make_chunking, mean_of_parts
 from fanfold.tasks.pooling import Head, num_positions, read_head, weights_of
 from fanfold.tasks.task import Column, Prepared
 
@@ -39,6 +40,7 @@ class Embed:
     max_length: int
     prompt: str  # put before every text
     dtype: Dtype
+    chunking: Chunking | None = None
 
     @property
     def name(self) -> str:
@@ -74,6 +76,7 @@ class Embed:
             "normalize": self.head.normalize,
             "max_length": self.max_length,
             "prompt": self.prompt,
+            **({"chunk": self.chunking.record} if self.chunking else {}),
         }
 
     @property
@@ -94,7 +97,7 @@ class Embed:
         lines = {
             "model": f"{self.checkpoint.shown} ({self.checkpoint.model_type}, {self.head.width} dimensions)",
             "pooling": "+".join(self.head.modes) + normal,
-            "length": f"at most {self.max_length} tokens a text",
+            "length": self.chunking.shown if self.chunking else f"at most {self.max_length} tokens a text",
         }
         if self.prompt:
             lines["prompt"] = repr(self.prompt)
@@ -102,6 +105,9 @@ class Embed:
 
     def open(self, unit: Unit, numerics: Numerics) -> EmbedOnUnit:
         return EmbedOnUnit(self, unit.device, self._library(numerics) if numerics.compiled else None)
+
+    def merge_parts(self, values: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
+        return {"embedding": mean_of_parts(values["embedding"], tokens, normalize=self.head.normalize)}
 
     def compiled_for(self, numerics: Numerics) -> bool:
         return self._library(numerics).exists()
@@ -138,6 +144,9 @@ def make_embed(
     max_length: int | None = None,
     prefix_text: str | None = None,
     prompt_name: str | None = None,
+    chunk: int | None = None,
+    overlap: int | None = None,
+    merge: str | None = None,
 ) -> Embed:
     """The task for a checkpoint, everything checked that can be checked without torch."""
     if dtype not in ("float32", "bfloat16"):
@@ -149,10 +158,19 @@ def make_embed(
         if not extras.has(module):
             extras.need(module, extra="torch", purpose=f"embedding with {checkpoint.shown}")
     head = read_head(checkpoint)
+    chunking = make_chunking(chunk, overlap, merge, context=num_positions(checkpoint), shown=checkpoint.shown)
+    if chunking is not None and max_length is not None:
+        raise RequestError(
+            f"--max-length {max_length} with --chunk {chunk}",
+            found="one cuts texts off, the other cuts them into parts",
+            allowed="one of the two",
+            do="leave --max-length away",
+        )
     return Embed(
         checkpoint=checkpoint,
         head=head,
-        max_length=_checked_length(checkpoint, head, max_length),
+        chunking=chunking,
+        max_length=chunking.tokens if chunking else _checked_length(checkpoint, head, max_length),
         prompt=_prompt(checkpoint, head, prefix_text, prompt_name),
         dtype=dtype,
     )
@@ -231,17 +249,26 @@ class EmbedOnUnit:
         self._tokenizer: Any = None
         self._model: Any = None
         self._dense: list[tuple[Any, Any]] = []
-        self._prompt_tokens = 0
+        self._prompt_tokens = 0  # left out of the pooling
+        self._ends = (0, 0)  # tokens before (start, prompt) and behind every text
 
     # -- tokens ---------------------------------------------------------------------------------------
 
     def prepare(self, texts: Sequence[str]) -> Prepared:
-        """Texts -> token ids with special tokens, cut to the length limit."""
+        """Texts -> token ids with special tokens, cut to the length limit or into parts."""
         import numpy as np
 
         tokenizer = self._open_tokenizer()
         prompt, limit = self.task.prompt, self.task.max_length
         texts = [prompt + text for text in texts] if prompt else list(texts)
+        if self.task.chunking is not None:
+            whole = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+            head, tail = self._ends
+            cut = [
+                cut_row(np.asarray(row, dtype=np.int32), self.task.chunking, head=head, tail=tail)
+                for row in whole["input_ids"]
+            ]
+            return Prepared(ids=[part for parts in cut for part in parts], truncated=[], parts=[*map(len, cut)])
         found = tokenizer(
             texts, truncation=True, max_length=limit, return_attention_mask=False, return_token_type_ids=False
         )
@@ -267,6 +294,11 @@ class EmbedOnUnit:
                 # A closing special token belongs to the text, not to the prompt.
                 tokens = tokenizer(self.task.prompt)["input_ids"]
                 self._prompt_tokens = len(tokens) - (bool(tokens) and tokens[-1] in tokenizer.all_special_ids)
+            if self.task.chunking is not None:
+                special = tokenizer(self.task.prompt + "a", return_special_tokens_mask=True)["special_tokens_mask"]
+                first, behind = special.index(0), special[::-1].index(0)
+                before = len(tokenizer(self.task.prompt, add_special_tokens=False)["input_ids"])
+                self._ends = (first + before, behind)
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
             self._tokenizer = tokenizer

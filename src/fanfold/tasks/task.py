@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from fanfold.plan.numerics import Numerics
     from fanfold.plan.plan import Unit
+    from fanfold.tasks.chunking import Chunking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +30,14 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """Rows as token ids. ids: one int32 array a row; truncated: which rows lost tokens to the length limit."""
+    """Texts as token ids. ids: int32 arrays, one a text or as many as `parts` says for each text.
+
+    truncated: which texts lost tokens to the length limit.
+    """
 
     ids: list[np.ndarray]
     truncated: list[int]
+    parts: list[int] | None = None
 
 
 class Opened(Protocol):
@@ -91,10 +96,17 @@ class Task(Protocol):
         """What the model computes in."""
 
     @property
+    def chunking(self) -> Chunking | None:
+        """How texts are cut into parts; None: each is one row."""
+
+    @property
     def shown(self) -> dict[str, str]:
         """What a person wants to know of the task, a line each."""
 
     def open(self, unit: Unit, numerics: Numerics) -> Opened: ...
+
+    def merge_parts(self, values: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
+        """Results of a text's parts, [n, ...] a column, and their numbers of tokens -> one value a column."""
 
     def compiled_for(self, numerics: Numerics) -> bool:
         """Whether `compile` has nothing left to do."""

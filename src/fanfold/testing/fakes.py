@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fanfold.tasks.chunking import Chunking, cut_row, mean_of_parts
 from fanfold.tasks.task import Column, Prepared
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class FakeTask:
     flops_per_token: float = 0.0
     dtype: Dtype = "float32"
     version: int = 1
+    chunking: Chunking | None = None
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -58,11 +60,15 @@ class FakeTask:
 
     @property
     def record(self) -> dict[str, Any]:
-        return {"task": self.name, "width": self.width, "max_length": self.max_length, "version": self.version}
+        settings = {"task": self.name, "width": self.width, "max_length": self.max_length, "version": self.version}
+        return {**settings, **({"chunk": self.chunking.record} if self.chunking else {})}
 
     @property
     def shown(self) -> dict[str, str]:
         return {"model": f"fake of width {self.width}"}
+
+    def merge_parts(self, values: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
+        return {"embedding": mean_of_parts(values["embedding"], tokens, normalize=False)}
 
     def compiled_for(self, numerics: Numerics) -> bool:
         return True
@@ -87,6 +93,10 @@ class FakeOnUnit:
 
         limit = self.task.max_length
         data = [text.encode("utf-8") for text in texts]
+        if self.task.chunking is not None:
+            whole = [np.frombuffer(row or b"\0", dtype=np.uint8).astype(np.int32) for row in data]
+            cut = [cut_row(row, self.task.chunking, head=0, tail=0) for row in whole]
+            return Prepared(ids=[part for parts in cut for part in parts], truncated=[], parts=[*map(len, cut)])
         ids = [np.frombuffer(row[:limit] or b"\0", dtype=np.uint8).astype(np.int32) for row in data]
         return Prepared(ids=ids, truncated=[i for i, row in enumerate(data) if len(row) > limit])
 
