@@ -1,6 +1,6 @@
 """Memory: two units that share one large model, and a parent that passes a million rows through.
 
-    scripts/bench memory [--layers 18] [--units 2] [--rows 1000000]
+    scripts/bench memory [--layers 18] [--units 2] [--texts 150] [--rows 1000000]
 
 Both jobs run in a process of their own; every half second the proportional memory (PSS) of it and of all that it
 has started is summed.
@@ -122,12 +122,12 @@ print(peak - before)
     return int(done.stdout.split()[-1])
 
 
-def large_model(folder: Path, layers: int, units: int) -> None:
+def large_model(folder: Path, layers: int, units: int, num_texts: int) -> None:
     model = folder / "model"
     make_model(model, layers)
     weights = (model / "model.safetensors").stat().st_size
     peak = activation_peak(model)
-    texts = [text for _, text in docstrings(Path(sysconfig.get_path("stdlib")))][:150]
+    texts = [text for _, text in docstrings(Path(sysconfig.get_path("stdlib")))][:num_texts]
     inputs = folder / "docs.jsonl"
     inputs.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["-m", "fanfold.cli.main", "embed", str(inputs), "-o", str(folder / "out"), "--model", str(model)]
@@ -162,11 +162,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=18)
     parser.add_argument("--units", type=int, default=2)
+    parser.add_argument("--texts", type=int, default=150)
     parser.add_argument("--rows", type=int, default=1_000_000)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if asked.layers:
-            large_model(Path(name), asked.layers, asked.units)
+            large_model(Path(name), asked.layers, asked.units, asked.texts)
         if asked.rows:
             many_rows(Path(name), asked.rows)
 

@@ -106,6 +106,23 @@ def test_auto_goes_on_without_where_the_model_cannot_be_compiled(docs, built, tm
     assert run.plan["reasons"][-1] == "not compiled: torch cannot compile this model"
 
 
+def test_a_library_that_fails_on_a_shape_is_not_used(docs, built, tmp_path, monkeypatch):
+    def fails(ids, mask):
+        raise RuntimeError(f"no kernel for {tuple(ids.shape)}")
+
+    monkeypatch.setattr(compiling, "WORTH_FLOPS", 1.0)
+    monkeypatch.setattr(compiled, "build", lambda model, path, **_: path.write_bytes(b""))
+    monkeypatch.setattr(compiled, "load", lambda path: fails)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "fanfold" / "compiled").mkdir(parents=True)
+    model = str(built("bert"))
+    run = ff.embed(docs, tmp_path / "out", model=model, on="inline", compile="auto")
+    assert run.plan["numerics"]["compiled"] is False
+    assert run.plan["reasons"][-1].startswith("not compiled: compiled, it fails on 1 rows of ")
+    with pytest.raises(PlanError, match="no kernel for"):
+        ff.embed(docs, tmp_path / "other", model=model, on="inline", compile="on")
+
+
 # -- refusals -----------------------------------------------------------------------------------------
 
 

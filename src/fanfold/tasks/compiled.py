@@ -1,8 +1,8 @@
 """A model compiled ahead of time, once for batches of every shape; all units load the same machine code.
 
 torch.export traces the model with symbolic rows and length; AOTInductor makes one shared library of it, weights
-included, which every unit maps. So no unit compiles, weights stay shared, and what a unit computes does not
-depend on the shapes that it saw before.
+included, that every unit loads. So no unit compiles, and what a unit computes does not depend on the shapes that
+it saw before. The price: every process holds a copy of the weights of its own, laid out for oneDNN's kernels.
 """
 
 from __future__ import annotations
