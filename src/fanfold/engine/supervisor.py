@@ -48,6 +48,8 @@ def child_environment(threads: int) -> dict[str, str]:
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     # Arrow's allocator would start a thread at import, and a process with threads must not be forked.
     environment["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+    # Large blocks go back to the system when they are freed; else a unit keeps what batches of every shape needed.
+    environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=4194304:glibc.malloc.hugetlb=1")
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
