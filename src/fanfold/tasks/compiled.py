@@ -24,7 +24,7 @@ from fanfold.errors import PlanError, cause_line
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-VERSION = 2  # raised whenever a release compiles differently
+VERSION = 3  # raised whenever a release compiles differently
 LEAST = 2  # rows and length: 0 and 1 are traced as constants, so smaller batches are filled up
 
 
@@ -58,14 +58,14 @@ def build(model: Any, path: Path, *, max_rows: int, max_length: int) -> None:
     example = (torch.ones(3, 5, dtype=torch.int64), torch.ones(3, 5, dtype=torch.int64))
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder, _quiet(folder):
         try:
-            with torch.no_grad():
+            with torch.no_grad():  # freezing is only done without gradients
                 exported = torch.export.export(model, example, dynamic_shapes=(shape, shape), strict=False)
-            made = torch._inductor.aot_compile(
-                exported.module(),
-                example,
-                # freezing: weights become constants, laid out for oneDNN's kernels
-                options={"aot_inductor.output_path": f"{folder}/model.so", "freezing": True},
-            )
+                made = torch._inductor.aot_compile(
+                    exported.module(),
+                    example,
+                    # freezing: weights become constants, laid out for oneDNN's kernels
+                    options={"aot_inductor.output_path": f"{folder}/model.so", "freezing": True},
+                )
         except Exception as error:  # torch raises many kinds, its own and the compiler's
             raise PlanError(
                 "--compile on",
