@@ -15,13 +15,11 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from docstrings import docstrings
-from peers import tree
+from peers import Memory
 
 WIDTH = 1024
 BATCH_TOKENS = 2048
@@ -37,35 +35,10 @@ print(run.summary["rows_ok"])
 """
 
 
-class Watch(threading.Thread):
-    """Bytes of a process and of all it has started, twice a second: (seconds, parent, all, of them anonymous)."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self.pid, self.over = pid, False
-        self.samples: list[tuple[float, int, int, list[int]]] = []
-
-    def run(self) -> None:
-        start_s = time.monotonic()
-        while not self.over:
-            sizes = {pid: pss(pid) for pid in tree(self.pid)}
-            self.samples.append(
-                (time.monotonic() - start_s, sizes.get(self.pid, 0), sum(sizes.values()), sorted(sizes.values()))
-            )
-            time.sleep(0.5)
-
-
-def pss(pid: int) -> int:
-    try:
-        with open(f"/proc/{pid}/smaps_rollup") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
-    except (OSError, StopIteration):
-        return 0
-
-
-def watched(words: list[str]) -> Watch:
+def watched(words: list[str]) -> Memory:
+    """The command's memory, all of it: parent and every process that it has started."""
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    watch = Watch(process.pid)
+    watch = Memory(process.pid, every_s=0.5)
     watch.start()
     output, _ = process.communicate()
     watch.over = True
@@ -132,12 +105,13 @@ def large_model(folder: Path, layers: int, units: int, num_texts: int) -> None:
     inputs.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["-m", "fanfold.cli.main", "embed", str(inputs), "-o", str(folder / "out"), "--model", str(model)]
     watch = watched([sys.executable, *words, "--on", f"cpu:{units}", "--quiet"])
-    at_s, parent, total, each = max(watch.samples, key=lambda sample: sample[2])
+    at_s, sizes = watch.peak
+    total = sum(sizes.values())
     bound = weights + 400e6 + units * (120e6 + peak)
     print(
         f"random BERT of {weights / 1e9:.2f} GB on {units} units, {len(texts)} rows: at most {total / 1e9:.2f} GB, "
-        f"at {at_s:.0f} s of {watch.samples[-1][0]:.0f}; parent {parent / 1e6:.0f} MB, "
-        f"processes {', '.join(f'{size / 1e6:.0f}' for size in each)} MB\n"
+        f"at {at_s:.0f} s of {watch.samples[-1][0]:.0f}; "
+        f"processes, the parent first: {', '.join(f'{size / 1e6:.0f}' for size in sizes.values())} MB\n"
         f"  bound: weights + 400 MB + {units} x (120 MB + {peak / 1e6:.0f} MB for a batch) = {bound / 1e9:.2f} GB: "
         f"{'held' if total <= bound else 'EXCEEDED'}",
         flush=True,
@@ -149,7 +123,7 @@ def many_rows(folder: Path, rows: int) -> None:
     with inputs.open("w") as file:
         file.writelines(json.dumps({"id": i, "text": f"row {i} " + "x" * (i % 50)}) + "\n" for i in range(rows))
     watch = watched([sys.executable, "-c", FAKE, str(inputs), str(folder / "many")])
-    parents = [parent for _, parent, _, _ in watch.samples]
+    parents = [sizes[watch.pid] for _, sizes in watch.samples]
     quarters = [parents[len(parents) * i // 4 - 1] / 1e6 for i in (1, 2, 3, 4)]
     print(
         f"{rows:,} rows ({os.path.getsize(inputs) / 1e6:.0f} MB) in {watch.samples[-1][0]:.0f} s: "

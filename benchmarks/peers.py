@@ -106,23 +106,32 @@ NEEDS = {
 
 
 class Memory(threading.Thread):
-    """The highest sum of the proportional memory (PSS) of a process and all it has started."""
+    """Proportional memory (PSS) of a process and all it has started, from time to time."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, every_s: float = 1.0) -> None:
         super().__init__(daemon=True)
-        self.pid, self.peak_bytes, self.over = pid, 0, False
+        self.pid, self.every_s, self.over = pid, every_s, False
+        self.samples: list[tuple[float, dict[int, int]]] = []  # seconds, bytes of each process
 
     def run(self) -> None:
+        start_s = time.monotonic()
         while not self.over:
-            total = 0
-            for pid in tree(self.pid):
-                try:
-                    with open(f"/proc/{pid}/smaps_rollup") as file:
-                        total += next(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
-                except (OSError, StopIteration):
-                    continue
-            self.peak_bytes = max(self.peak_bytes, total)
-            time.sleep(1.0)
+            self.samples.append((time.monotonic() - start_s, {pid: pss(pid) for pid in tree(self.pid)}))
+            time.sleep(self.every_s)
+
+    @property
+    def peak(self) -> tuple[float, dict[int, int]]:
+        """The sample with the largest sum."""
+        return max(self.samples, key=lambda sample: sum(sample[1].values()))
+
+
+def pss(pid: int) -> int:
+    """Bytes; 0 for a process that is gone."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
+    except (OSError, StopIteration):
+        return 0
 
 
 def tree(pid: int) -> list[int]:
@@ -158,7 +167,7 @@ def run(words: list[str]) -> tuple[float, int]:
     memory.over = True
     if process.returncode:
         raise SystemExit(f"{' '.join(words[:3])} ...: exit {process.returncode}\n{errors.decode()[-2000:]}")
-    return elapsed_s, memory.peak_bytes
+    return elapsed_s, sum(memory.peak[1].values())
 
 
 def rows_in(path: Path) -> int:

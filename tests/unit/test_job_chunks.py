@@ -30,15 +30,7 @@ def _workers_end_with_the_module():
     engines.shutdown()
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Windows of 10 records, two windows a part."""
-    real = run_module._numerics
-    monkeypatch.setattr(
-        run_module,
-        "_numerics",
-        lambda task, kind: replace(real(task, kind), window_rows=10, batch_tokens=64, windows_per_part=2),
-    )
+pytestmark = pytest.mark.usefixtures("small_windows")
 
 
 def text_of(row):

@@ -10,23 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from fanfold.errors import ResumeError
-from fanfold.job import run as run_module
 from fanfold.job.request import Request
 from fanfold.job.run import run_job
 from fanfold.testing.fakes import FakeTask
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Windows of 10 rows, two windows a part."""
-    from dataclasses import replace
-
-    real = run_module._numerics
-    monkeypatch.setattr(
-        run_module,
-        "_numerics",
-        lambda task, kind: replace(real(task, kind), window_rows=10, batch_tokens=64, windows_per_part=2),
-    )
+pytestmark = pytest.mark.usefixtures("small_windows")
 
 
 def write(path, rows):

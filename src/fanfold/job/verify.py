@@ -107,7 +107,7 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
         **_chunk_options(stored["task"].get("chunk")),
     )
     windows = {index: entry for index, entry in opened.windows.items() if sum(entry["rows"])}
-    in_parts = task.chunking is not None and not merges(task)
+    in_parts = "part" in place_names(task)
     rows_in = sum(
         sum(entry["rows"]) + len(entry["failed"]) if in_parts else entry["num_rows"]
         for entry in opened.windows.values()
@@ -296,7 +296,7 @@ def _stored_rows(work: JobWork, opened: OpenedRun, window: Window) -> dict[Place
     table = stored_results(work, path, window.first_row, window.num_rows)
     column = work.task.columns[0].name
     vectors = table.column(column).combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
-    in_parts = place_names(work.task) == ["record", "part"]
+    in_parts = "part" in place_names(work.task)
     parts = table.column("part").to_pylist() if in_parts else [None] * table.num_rows
     return dict(zip(zip(table.column("offset").to_pylist(), parts, strict=True), vectors, strict=True))
 

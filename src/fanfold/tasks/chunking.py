@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fanfold.errors import PlanError, RequestError
 from fanfold.merge import Mean, Weighted, fold
+from fanfold.tasks.task import Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy as np
 
@@ -109,6 +110,12 @@ def cut_row(row: np.ndarray, chunking: Chunking, *, head: int, tail: int) -> lis
     return [
         np.concatenate([ends[0], body[start:stop], ends[1]]) for start, stop in spans(len(body), size, chunking.overlap)
     ]
+
+
+def prepared_parts(rows: Iterable[np.ndarray], chunking: Chunking, *, head: int, tail: int) -> Prepared:
+    """Whole texts as token ids -> all their parts, as a task's `prepare` returns them."""
+    cut = [cut_row(row, chunking, head=head, tail=tail) for row in rows]
+    return Prepared(ids=[part for parts in cut for part in parts], truncated=[], parts=[*map(len, cut)])
 
 
 def mean_of_parts(vectors: np.ndarray, tokens: Sequence[int], *, normalize: bool) -> np.ndarray:

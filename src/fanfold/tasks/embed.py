@@ -14,7 +14,7 @@ from fanfold.errors import InputError, InternalError, PlanError, RequestError, S
 from fanfold.machine.discover import discover
 from fanfold.tasks import compiled
 from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, first_of, num_matmul_weights
-from fanfold.tasks.chunking import Chunking, cut_row, make_chunking, mean_of_parts
+from fanfold.tasks.chunking import Chunking, make_chunking, mean_of_parts, prepared_parts
 from fanfold.tasks.pooling import Head, num_positions, read_head, weights_of
 from fanfold.tasks.task import Column, Prepared
 
@@ -273,11 +273,8 @@ class EmbedOnUnit:
         if self.task.chunking is not None:
             whole = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
             head, tail = self._ends
-            cut = [
-                cut_row(np.asarray(row, dtype=np.int32), self.task.chunking, head=head, tail=tail)
-                for row in whole["input_ids"]
-            ]
-            return Prepared(ids=[part for parts in cut for part in parts], truncated=[], parts=[*map(len, cut)])
+            rows = (np.asarray(row, dtype=np.int32) for row in whole["input_ids"])
+            return prepared_parts(rows, self.task.chunking, head=head, tail=tail)
         found = tokenizer(
             texts, truncation=True, max_length=limit, return_attention_mask=False, return_token_type_ids=False
         )

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fanfold.tasks.chunking import Chunking, cut_row, mean_of_parts
+from fanfold.tasks.chunking import Chunking, mean_of_parts, prepared_parts
 from fanfold.tasks.task import Column, Prepared
 
 if TYPE_CHECKING:
@@ -94,9 +94,8 @@ class FakeOnUnit:
         limit = self.task.max_length
         data = [text.encode("utf-8") for text in texts]
         if self.task.chunking is not None:
-            whole = [np.frombuffer(row or b"\0", dtype=np.uint8).astype(np.int32) for row in data]
-            cut = [cut_row(row, self.task.chunking, head=0, tail=0) for row in whole]
-            return Prepared(ids=[part for parts in cut for part in parts], truncated=[], parts=[*map(len, cut)])
+            whole = (np.frombuffer(row or b"\0", dtype=np.uint8).astype(np.int32) for row in data)
+            return prepared_parts(whole, self.task.chunking, head=0, tail=0)
         ids = [np.frombuffer(row[:limit] or b"\0", dtype=np.uint8).astype(np.int32) for row in data]
         return Prepared(ids=ids, truncated=[i for i, row in enumerate(data) if len(row) > limit])
 
