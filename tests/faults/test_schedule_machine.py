@@ -684,7 +684,7 @@ class Machine(RuleBasedStateMachine):
             index, spec = result.detail.window.index, self.source.specs[result.detail.window.index]
             self._ensure_prepared(index)
             offsets = sorted(found.get(index, []))
-            assert result.failed == spec.failed
+            assert result.failed == {(offset, None) for offset in spec.failed}
             assert offsets == sorted(set(range(spec.num_rows)) - spec.failed)
             rows += [result.detail.window.first_row + offset for offset in offsets]
         data = "".join(f"{row}\n" for row in rows).encode() or b"empty"
