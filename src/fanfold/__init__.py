@@ -3,6 +3,8 @@
 import fanfold as ff
 vectors = ff.embed(["a text", "another"])             # ndarray [2, d]
 run = ff.embed("docs.jsonl", "out/", column="text")   # run.summary, run.table(), run.report
+ff.fold(lambda x: np.exp(-x**2), x, ff.Mean())        # split -> compute -> merge
+ff.map(f, rows, on="cpu:2")
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fanfold.job.embed import embed as embed
     from fanfold.job.engines import shutdown as shutdown
+    from fanfold.job.fold import fold as fold
+    from fanfold.job.fold import map as map
     from fanfold.job.verify import verify as verify
     from fanfold.merge import Concat as Concat
     from fanfold.merge import Count as Count
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "embed": "fanfold.job.embed",
+    "fold": "fanfold.job.fold",
+    "map": "fanfold.job.fold",
     "verify": "fanfold.job.verify",
     "shutdown": "fanfold.job.engines",
     "Concat": "fanfold.merge",
@@ -32,7 +38,7 @@ _PUBLIC = {
     "Weighted": "fanfold.merge",
 }
 
-__all__ = ["Concat", "Count", "Mean", "Sum", "Weighted", "embed", "shutdown", "verify"]
+__all__ = ["Concat", "Count", "Mean", "Sum", "Weighted", "embed", "fold", "map", "shutdown", "verify"]
 
 
 def __getattr__(name: str) -> Any:

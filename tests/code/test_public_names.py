@@ -17,7 +17,7 @@ from fanfold import errors
 from fanfold.cli.commands import app
 from fanfold.cli.main import HELP, run
 
-NAMES = ["Concat", "Count", "Mean", "Sum", "Weighted", "embed", "shutdown", "verify"]
+NAMES = ["Concat", "Count", "Mean", "Sum", "Weighted", "embed", "fold", "map", "shutdown", "verify"]
 MERGE_NAMES = ["Concat", "Count", "Mean", "Merge", "OrderedFold", "Sum", "Weighted", "fold"]
 
 FLAGS = {

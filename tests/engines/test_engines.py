@@ -11,6 +11,7 @@ import pytest
 
 from fanfold.engine.inline import Inline
 from fanfold.engine.local import Local
+from fanfold.engine.threads import Threads
 from fanfold.engine.wire import Closed
 from fanfold.errors import PlanError, UnitLost
 from fanfold.plan.plan import Unit
@@ -23,6 +24,21 @@ class TestInline(EngineSuite):
     @pytest.fixture
     def engine(self):
         engine = Inline()
+        yield engine
+        engine.close()
+
+    def test_a_group_is_refused_with_what_to_do(self, engine):
+        with pytest.raises(PlanError) as caught:
+            engine.start_group(echo, 2)
+        assert "use --on cpu:2" in str(caught.value)
+
+
+class TestThreads(EngineSuite):
+    forks = False
+
+    @pytest.fixture
+    def engine(self):
+        engine = Threads((Unit(name="threads:0"), Unit(name="threads:1")))
         yield engine
         engine.close()
 

@@ -22,10 +22,11 @@ _OWNER = ".owner"  # locked while its process lives, locked before it gets this 
 
 
 @contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A folder of our own under the system's temporary one, gone at the end."""
-    _sweep(Path(tempfile.gettempdir()))
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+def scratch_folder(root: Path | None = None) -> Iterator[Path]:
+    """A folder of our own under `root` (default: the system's temporary one), gone at the end."""
+    root = root or Path(tempfile.gettempdir())
+    _sweep(root)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
     fd = os.open(folder / "new", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

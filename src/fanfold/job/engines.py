@@ -33,6 +33,11 @@ def engine_for(kind: str, *, imports: tuple[str, ...], threads: int) -> Inline |
     return _local(imports, threads)
 
 
+def is_warm() -> bool:
+    """Whether worker processes are there already."""
+    return _warm is not None and bool(_warm.units)
+
+
 def hold() -> threading.RLock:
     """One job at a time uses the warm workers."""
     return _lock

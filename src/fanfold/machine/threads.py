@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _lock = threading.Lock()
 _held: list[tuple[int, Any]] = []  # one entry per holder: torch's threads before the first, and its limits
+_found: tuple[int, Any] | None = None
 
 
 def hold_threads(num_threads: int) -> None:
@@ -43,22 +44,24 @@ def hold_threads(num_threads: int) -> None:
 
 
 @contextlib.contextmanager
-def held_threads(num_threads: int) -> Iterator[None]:
+def held_threads(num_threads: int, *, verify: bool = True) -> Iterator[None]:
     """As hold_threads, for a while: the caller's own process gets its settings back.
 
-    A library that is imported inside must be held again, once it is there.
+    A library that is imported inside must be held again, once it is there. Verifying takes some 20 ms.
     """
-    import threadpoolctl
 
     with _lock:
         if not _held:
             torch = sys.modules.get("torch")
             before = torch.get_num_threads() if torch is not None else os.cpu_count() or 1
-            _held.append((before, threadpoolctl.threadpool_limits(limits=num_threads)))
+            _held.append((before, _pools().limit(limits=num_threads)))
+            if torch is not None:
+                torch.set_num_threads(num_threads)
         else:
             _held.append(_held[0])
     try:
-        hold_threads(num_threads)
+        if verify:
+            hold_threads(num_threads)
         yield
     finally:
         with _lock:
@@ -68,6 +71,17 @@ def held_threads(num_threads: int) -> Iterator[None]:
                 torch = sys.modules.get("torch")
                 if torch is not None:
                     torch.set_num_threads(before)
+
+
+def _pools() -> Any:
+    """The thread pools of this process; looked for again only after something was imported."""
+    global _found
+    import threadpoolctl
+
+    num_modules = len(sys.modules)
+    if _found is None or _found[0] != num_modules:
+        _found = (num_modules, threadpoolctl.ThreadpoolController())
+    return _found[1]
 
 
 def _over(num_threads: int) -> list[str]:

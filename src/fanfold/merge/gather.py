@@ -20,9 +20,10 @@ class Blocks:
 class Concat:
     """The pieces' rows in piece order, as one value of the kind that the pieces gave. Exact.
 
-    Kinds: list, tuple, NumPy array [n, ...] (axis 0), Arrow array, chunked array and table; record batches
-    come back as one table. All pieces must be of one kind, and of one dtype and trailing shape, type or
-    schema (metadata: the first piece's): nothing is converted, because what a conversion does to a value
+    Kinds: list, tuple, NumPy array [n, ...] and torch tensor on the CPU (axis 0), Arrow array, chunked array and
+    table, pandas and Polars frame and Series; record batches come back as one table. All pieces must be of one kind,
+    and of one dtype and trailing shape, type or schema (metadata: the first piece's): nothing is converted, because
+    what a conversion does to a value
     would depend on the cut. Strings of different fixed widths are the exception: the widest wins, no value
     changes. A piece that holds no rows is left out, whatever its kind; if all are, the first is the result.
     The number of rows that a piece gives need not be the number that it was given.
@@ -73,6 +74,12 @@ class Concat:
             import numpy as np
 
             return np.concatenate(blocks)
+        if kind == "tensor":
+            return sys.modules["torch"].cat(blocks)
+        if kind.startswith("pandas"):
+            return sys.modules["pandas"].concat(blocks)
+        if kind.startswith("polars"):
+            return sys.modules["polars"].concat(blocks)
         return _concat_arrow(kind, blocks)
 
 
@@ -115,11 +122,17 @@ def _kind(value: Any) -> tuple[Any, ...]:
             return ("Arrow ChunkedArray", value.type)
         if cls.__name__.endswith("Array"):
             return ("Arrow Array", value.type)
+    if package == "torch" and cls.__name__ == "Tensor" and value.ndim:
+        return ("tensor", str(value.dtype), tuple(value.shape[1:]))
+    if package in ("pandas", "polars") and cls.__name__ in ("DataFrame", "Series"):
+        types = value.dtypes if cls.__name__ == "DataFrame" else value.dtype
+        names = tuple(value.columns) if cls.__name__ == "DataFrame" else ()
+        return (f"{package} {cls.__name__}", names, tuple(map(str, types)) if names else str(types))
     name = cls.__qualname__ if package == "builtins" else f"{package}.{cls.__qualname__}"
     raise DataError(
         "concatenate the pieces",
         found=f"a piece gave a {name}" + (" of no dimension" if getattr(value, "shape", None) == () else ""),
-        allowed="list, tuple, NumPy array of one dimension or more, Arrow array, chunked array, table",
+        allowed="list, tuple, array or tensor of one dimension or more, Arrow array or table, frame, Series",
         do="return one of these for each piece, for example [value] for a single value",
     )
 

@@ -86,7 +86,14 @@ class OrderedFold(Generic[Part]):
                 allowed="every piece once, counted from 0",
                 do="report this: the engine must drop the late twin of a committed piece",
             )
-        level = 0
+        self.add_block(0, index, part)
+
+    def blocks(self) -> list[tuple[int, int, Part]]:
+        """The parts held now, as (level, index, part): what `add_block` of another fold of the pieces takes."""
+        return [(level, index, part) for (level, index), part in self._waiting.items()]
+
+    def add_block(self, level: int, index: int, part: Part) -> None:
+        """Takes the part of pieces [index * 2^level, (index + 1) * 2^level), joined in the fixed tree."""
         while (level, index ^ 1) in self._waiting:
             neighbour = self._waiting.pop((level, index ^ 1))
             part = self._merge.join(neighbour, part) if index & 1 else self._merge.join(part, neighbour)

@@ -1,0 +1,53 @@
+"""Values of one per row: what most merges take from a piece."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fanfold.errors import DataError
+
+
+def per_row(value: Any, rows: int, asked: str) -> Any:
+    """The value as an array [rows, ...]: NumPy and torch arrays as they are, the rest as NumPy sees it.
+
+    Lists, Series and Arrow arrays become NumPy arrays. Raises DataError where axis 0 is not the piece's rows.
+    """
+    if not hasattr(value, "shape") or not hasattr(value, "dtype") or not hasattr(value, "reshape"):
+        value = _as_numpy(value, asked)
+    if len(value.shape) == 0 or value.shape[0] != rows:
+        raise _lengths(value, rows, asked)
+    return value
+
+
+def _as_numpy(value: Any, asked: str) -> Any:
+    import numpy as np
+
+    if hasattr(value, "to_numpy"):  # Series, Arrow arrays
+        try:
+            value = value.to_numpy(zero_copy_only=False)
+        except TypeError:
+            value = value.to_numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of different lengths
+        array = None
+    if array is None or array.dtype.hasobject:
+        raise DataError(
+            asked,
+            found=f"a piece gave a {type(value).__name__} that is no array of numbers or strings",
+            allowed="an array, or a list of numbers, strings or lists of equal length: one value for each row",
+            do="return numpy.asarray(...) of one dtype from the function",
+        )
+    return array
+
+
+def _lengths(value: Any, rows: int, asked: str) -> DataError:
+    shape = tuple(value.shape)
+    found = f"an array of shape {shape}" if shape else f"a single {type(value).__name__}"
+    return DataError(
+        asked,
+        found=f"a piece of {rows} row(s) gave {found}",
+        allowed=f"one value for each row: axis 0 of length {rows}",
+        do='return a value for each row; a value for each piece is declared: Mean(of="pieces"), Sum(of="pieces"), '
+        "or Weighted(value, w)",
+    )

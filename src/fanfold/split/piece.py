@@ -1,0 +1,59 @@
+"""How rows in memory are cut into pieces: by their number and size alone, never by the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fanfold.errors import PlanError
+
+PIECE_ROWS = 32_768
+PIECE_BYTES = 256 * 1024  # what a core's own cache holds beside the temporaries of a function
+_LIST_PIECES = 1024  # a long list is cut into about so many pieces: its rows may be costly
+_STREAM_GROWTH = 256  # a stream's pieces grow by one row for so many rows that came before
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """`num_rows` rows in `num_pieces` consecutive pieces; of `piece_rows` each, or else as equal as can be."""
+
+    num_rows: int
+    num_pieces: int
+    piece_rows: int | None = None
+
+    def bounds(self, piece: int) -> tuple[int, int]:
+        """First row of the piece, and the first behind it."""
+        if self.piece_rows is None:
+            return piece * self.num_rows // self.num_pieces, (piece + 1) * self.num_rows // self.num_pieces
+        start = piece * self.piece_rows
+        return start, min(start + self.piece_rows, self.num_rows)
+
+
+def cut_into(num_rows: int, pieces: int) -> Cuts:
+    """As many pieces as asked for. Raises PlanError for fewer than 1 or more than there are rows."""
+    if isinstance(pieces, bool) or not isinstance(pieces, int) or not 1 <= pieces <= max(num_rows, 1):
+        raise PlanError(
+            f"pieces={pieces!r}",
+            found=f"{num_rows} row(s)",
+            allowed=f"1 to {max(num_rows, 1)} pieces",
+            do="leave pieces away, or ask for at most one a row",
+        )
+    return Cuts(num_rows, pieces if num_rows else 0)
+
+
+def cut_array(num_rows: int, row_bytes: float) -> Cuts:
+    """Pieces of 32,768 rows or 256 KiB, whichever is less; at least one row."""
+    return _cut(num_rows, max(1, min(PIECE_ROWS, int(PIECE_BYTES // max(row_bytes, 1)))))
+
+
+def cut_list(num_rows: int) -> Cuts:
+    """About 1,024 pieces, of 32,768 rows at the most."""
+    return _cut(num_rows, max(1, min(PIECE_ROWS, -(-num_rows // _LIST_PIECES))))
+
+
+def stream_rows(rows_before: int) -> int:
+    """The number of rows of the next piece of a stream."""
+    return min(PIECE_ROWS, 1 + rows_before // _STREAM_GROWTH)
+
+
+def _cut(num_rows: int, piece_rows: int) -> Cuts:
+    return Cuts(num_rows, -(-num_rows // piece_rows), piece_rows)
