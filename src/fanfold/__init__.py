@@ -19,10 +19,20 @@ if TYPE_CHECKING:
     from fanfold.job.fold import fold as fold
     from fanfold.job.fold import map as map
     from fanfold.job.verify import verify as verify
+    from fanfold.merge import ArgMax as ArgMax
     from fanfold.merge import Concat as Concat
     from fanfold.merge import Count as Count
+    from fanfold.merge import EnsembleMean as EnsembleMean
+    from fanfold.merge import Histogram as Histogram
     from fanfold.merge import Mean as Mean
+    from fanfold.merge import MinMax as MinMax
+    from fanfold.merge import Moments as Moments
+    from fanfold.merge import Quantiles as Quantiles
+    from fanfold.merge import Record as Record
+    from fanfold.merge import SoftmaxParts as SoftmaxParts
     from fanfold.merge import Sum as Sum
+    from fanfold.merge import TopK as TopK
+    from fanfold.merge import Vote as Vote
     from fanfold.merge import Weighted as Weighted
 
 _PUBLIC = {
@@ -31,14 +41,45 @@ _PUBLIC = {
     "map": "fanfold.job.fold",
     "verify": "fanfold.job.verify",
     "shutdown": "fanfold.job.engines",
+    "ArgMax": "fanfold.merge",
     "Concat": "fanfold.merge",
     "Count": "fanfold.merge",
+    "EnsembleMean": "fanfold.merge",
+    "Histogram": "fanfold.merge",
     "Mean": "fanfold.merge",
+    "MinMax": "fanfold.merge",
+    "Moments": "fanfold.merge",
+    "Quantiles": "fanfold.merge",
+    "Record": "fanfold.merge",
+    "SoftmaxParts": "fanfold.merge",
     "Sum": "fanfold.merge",
+    "TopK": "fanfold.merge",
+    "Vote": "fanfold.merge",
     "Weighted": "fanfold.merge",
 }
 
-__all__ = ["Concat", "Count", "Mean", "Sum", "Weighted", "embed", "fold", "map", "shutdown", "verify"]
+__all__ = [
+    "ArgMax",
+    "Concat",
+    "Count",
+    "EnsembleMean",
+    "Histogram",
+    "Mean",
+    "MinMax",
+    "Moments",
+    "Quantiles",
+    "Record",
+    "SoftmaxParts",
+    "Sum",
+    "TopK",
+    "Vote",
+    "Weighted",
+    "embed",
+    "fold",
+    "map",
+    "shutdown",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

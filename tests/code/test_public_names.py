@@ -17,8 +17,53 @@ from fanfold import errors
 from fanfold.cli.commands import app
 from fanfold.cli.main import HELP, run
 
-NAMES = ["Concat", "Count", "Mean", "Sum", "Weighted", "embed", "fold", "map", "shutdown", "verify"]
-MERGE_NAMES = ["Concat", "Count", "Mean", "Merge", "OrderedFold", "Sum", "Weighted", "fold"]
+NAMES = [
+    *(,),
+]
+    "ArgMax",
+    "Concat",
+    "Count",
+    "EnsembleMean",
+    "Histogram",
+    "Mean",
+    "MinMax",
+    "Moments",
+    "Quantiles",
+    "Record",
+    "SoftmaxParts",
+    "Sum",
+    "TopK",
+    "Vote",
+    "Weighted",
+    "embed",
+    "fold",
+    "map",
+    "shutdown",
+    "verify",
+]
+MERGE_NAMES = [
+    *(,),
+]
+    "ArgMax",
+    "Concat",
+    "Count",
+    "EnsembleMean",
+    "Histogram",
+    "Mean",
+    "Merge",
+    "MinMax",
+    "Moments",
+    "OrderedFold",
+    "Quantiles",
+    "Record",
+    "SoftmaxPart",
+    "SoftmaxParts",
+    "Sum",
+    "TopK",
+    "Vote",
+    "Weighted",
+    "fold",
+]
 
 FLAGS = {
     "embed": [
