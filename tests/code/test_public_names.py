@@ -18,8 +18,6 @@ from fanfold.cli.commands import app
 from fanfold.cli.main import HELP, run
 
 NAMES = [
-    *(,),
-]
     "ArgMax",
     "Concat",
     "Count",
@@ -42,8 +40,6 @@ NAMES = [
     "verify",
 ]
 MERGE_NAMES = [
-    *(,),
-]
     "ArgMax",
     "Concat",
     "Count",
