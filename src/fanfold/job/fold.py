@@ -420,7 +420,7 @@ def _carry(
     local.resize(_units("cpu", carrier.count))
     local.limit(memory_bytes=None, timeout_batch_s=_FOREVER_S)
     try:
-        local.carry_out(_Shipped(body=body, source=sent, token=time.monotonic_ns()), agenda)
+        local.carry_out(_Shipped(body=body, source=sent, token=time.monotonic_ns(), file=_file_of(f)), agenda)
     finally:
         engines.touch()
 
@@ -477,6 +477,7 @@ class _Shipped:
     body: bytes
     source: Pieces
     token: int
+    file: str  # where the function was written
     imports: tuple[str, ...] = ()
     threads: int = 1
 
@@ -495,7 +496,27 @@ class _Shipped:
             return desk.cache["fold work"].carry_out(assignment, desk)
         except FanfoldError as error:
             cause = error.__cause__
-            return _Broken(error, _portable_error(cause), "".join(traceback.format_exception(cause)) if cause else "")
+            return _Broken(error, _portable_error(cause), _shown(cause, self.file))
+
+
+def _shown(error: BaseException | None, file: str) -> str:
+    """The traceback in words. Code that travelled by value has lost its file: it is the function's own."""
+    if error is None:
+        return ""
+    frames = [
+        traceback.FrameSummary(file if frame.filename.startswith("<") else frame.filename, frame.lineno, frame.name)
+        for frame in traceback.extract_tb(error.__traceback__)
+    ]
+    lines = ["Traceback (most recent call last):\n", *traceback.format_list(frames)]
+    return "".join([*lines, *traceback.format_exception_only(error)])
+
+
+def _file_of(f: Any) -> str:
+    f = getattr(f, "__call__", f) if not hasattr(f, "__code__") and not isinstance(f, type) else f  # noqa: B004
+    if isinstance(f, type):
+        f = vars(f).get("__call__", f)
+    code = getattr(f, "__code__", None) or getattr(getattr(f, "__func__", None), "__code__", None)
+    return str(getattr(code, "co_filename", "<unknown>"))
 
 
 def _portable_error(error: BaseException | None) -> BaseException | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any, TextIO
@@ -164,6 +165,11 @@ class Progress:
             self._draw()
             self._bar.stop()
             self._bar = None
+            # A signal may have come while rich was writing: what it writes now is held back, the cursor with it.
+            try:
+                os.write(self._stream.fileno(), b"\x1b[?25h")
+            except (OSError, ValueError):
+                pass
 
 
 def _make_bar(stream: TextIO, color: bool) -> tuple[Any, Any]:
