@@ -163,13 +163,14 @@ class Progress:
         """Take the bar away; what was said stays."""
         if self._bar is not None:
             self._draw()
-            self._bar.stop()
-            self._bar = None
-            # A signal may have come while rich was writing: what it writes now is held back, the cursor with it.
-            try:
-                os.write(self._stream.fileno(), b"\x1b[?25h")
-            except (OSError, ValueError):
-                pass
+            bar, self._bar = self._bar, None
+            held_back = getattr(bar.console, "_buffer_index", 0) > 0  # a signal came while rich was writing
+            bar.stop()
+            if held_back:  # rich keeps the end of the line and the cursor until it goes on, which it may never
+                try:
+                    os.write(self._stream.fileno(), b"\n\x1b[?25h")
+                except (OSError, ValueError):
+                    pass
 
 
 def _make_bar(stream: TextIO, color: bool) -> tuple[Any, Any]:
