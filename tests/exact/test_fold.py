@@ -104,8 +104,6 @@ def test_each_is_what_pool_map_gives(on):
 
 
 class Loaded:
-    made = threading.local()
-
     def __init__(self):
         self.pid, self.calls = os.getpid(), 0
 
@@ -120,6 +118,23 @@ def test_a_class_is_loaded_once_per_unit(on, units):
     makers = {(pid, number) for pid, number, _ in found}
     assert 1 <= len(makers) <= units
     assert max(calls for _, _, calls in found) > 1
+
+
+class LoadedRow(Loaded):
+    def __call__(self, row):
+        return super().__call__([row])[0]
+
+
+@pytest.mark.parametrize(("on", "units"), [("inline", 1), ("threads:2", 2), pytest.param("cpu:2", 2, marks=PROCESSES)])
+def test_a_class_that_is_called_with_rows_is_loaded_once_per_unit_too(on, units):
+    found = ff.map(LoadedRow, list(range(4000)), on=on, each=True)
+    assert 1 <= len({(pid, number) for pid, number, _ in found}) <= units
+    assert len(set(found)) == 4000  # no object is shared by two units: each counts its own calls
+
+
+def test_a_class_that_auto_tries_and_keeps_in_the_calling_thread_is_loaded_once():
+    found = ff.map(Loaded, list(range(4000)))
+    assert len({number for _, number, _ in found}) == 1
 
 
 @pytest.mark.parametrize("on", WHERE)
@@ -272,3 +287,11 @@ def test_several_merges_at_once_by_name(on):
     assert found["rows"] == len(X)
     assert found["mean"] == ff.fold(gauss, X, ff.Mean(), on="inline")
     assert found["sum"] == ff.fold(gauss, X, ff.Sum(), on="inline")
+
+
+@pytest.mark.slow
+def test_what_was_written_to_a_private_map_of_a_file_is_what_processes_see(tmp_path):
+    np.zeros(100_000).tofile(tmp_path / "x")
+    x = np.memmap(tmp_path / "x", "float64", "c")
+    x[:] = 2.0
+    assert ff.fold(lambda p: p, x, ff.Sum(), on="cpu:2") == 200_000.0

@@ -111,6 +111,7 @@ def test_torch_tensors_give_what_numpy_gives():
 
     values = WILD.reshape(500, 2)
     assert over(Sum(), torch.from_numpy(WILD), [300]) == over(Sum(), WILD, [300])
+    assert over(Sum(), torch.ones((3, 0), dtype=torch.int64), [1]).shape == (0,)
     assert np.array_equal(over(Sum(), torch.from_numpy(values), [300]).numpy(), over(Sum(), values, [300]))
     narrow = values.astype("float32")
     found = over(Mean(), torch.from_numpy(narrow), [300])

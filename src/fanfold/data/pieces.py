@@ -45,9 +45,11 @@ class Pieces:
 
     def mapped(self, path: Path) -> Pieces:
         """The same array where other processes can map it: its own file, or a copy at the path."""
-        import numpy as np
+        return replace(self, data=MappedArray.of(self.data, path))
 
-        return replace(self, data=MappedArray.of(self.data, np, path))
+    def opened(self) -> Pieces:
+        """In another process: the array mapped there; other data is not here, it comes piece by piece."""
+        return replace(self, data=self.data.open()) if isinstance(self.data, MappedArray) else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +62,20 @@ class MappedArray:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, array: Any, np: Any, path: Path) -> MappedArray:
+    def of(cls, array: Any, path: Path) -> MappedArray:
+        import numpy as np
+
         if (
             type(array) is np.memmap
             and array.filename
+            and array.mode != "c"  # what was written to it stands in this process alone
             and array.flags.c_contiguous
             and type(array.base) is not np.memmap
         ):
             return cls(str(array.filename), int(array.offset), array.dtype, array.shape)
         with open(path, "wb") as file:
             if array.flags.c_contiguous:
-                file.write(array.reshape(-1).view(np.uint8).data if array.size else b"")
+                file.write(array.reshape(-1).view(np.uint8).data)
             else:
                 rows = max(1, (1 << 24) // max(1, array[:1].nbytes))
                 for start in range(0, len(array), rows):

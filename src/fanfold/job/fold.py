@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
-from fanfold.data.pieces import MappedArray, Pieces, pieces_of
+from fanfold.data.pieces import Pieces, pieces_of
 from fanfold.data.scratch import scratch_folder
+from fanfold.engine._worker import portable
 from fanfold.engine.engine import Assignment, Desk, Failure
 from fanfold.engine.inline import Inline
 from fanfold.engine.schedule import Compute, Schedule
 from fanfold.engine.threads import Threads
 from fanfold.errors import DataError, FanfoldError, PieceFailed, PlanError, cause_line
 from fanfold.events import BatchBegun, Event
+from fanfold.job import engines
+from fanfold.machine.discover import discover
 from fanfold.machine.threads import held_threads
 from fanfold.merge.gather import Concat
-from fanfold.merge.merge import Merge, OrderedFold
+from fanfold.merge.merge import OrderedFold
+from fanfold.merge.record import Record
 from fanfold.plan.plan import Unit
 from fanfold.planner.carrier import Carrier, Measured, choose_carrier, parse_on
 
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
 
 _MAX_DEATHS = 2  # of the units that computed one piece
 _PROBE_S = 0.005  # a function that is through sooner is not worth a second unit
-_START_S = 0.6  # worker processes that are not there yet (measured, docs/log.md)
+_START_S = 0.15  # worker processes that are not there yet (docs/log.md)
 _WARM_S = 0.02
 _FOREVER_S = 1e9  # nobody but the user knows how long a piece may take
 _MAX_KNOWN = 256
@@ -68,7 +74,7 @@ def fold(f: Any, x: Any, merge: Any, *, pieces: int | None = None, on: str = "au
     Raises: PieceFailed where f raises or kills its process; DataError, PlanError.
     """
     if isinstance(merge, Mapping):
-        merge = _record(merge)
+        merge = Record(merge)
     folded = _run(f, x, merge, pieces, on)
     return folded if explain else folded.value
 
@@ -79,21 +85,9 @@ def map(f: Any, x: Any, *, on: str = "auto", each: bool = False, explain: bool =
     `each=True` calls f with single rows, as `Pool.map` does: lists and generators give a list, an array an array.
     Otherwise as `fold`.
     """
-    whole = _Each(array=_is_array(x)) if each else _Rows()
+    whole = (_EachArray() if _is_array(x) else _EachList()) if each else _Rows()
     folded = _run(_EachRow(f) if each else f, x, whole, None, on)
     return folded if explain else folded.value
-
-
-def _record(merges: Mapping[str, Any]) -> Merge[Any, Any]:
-    from fanfold.merge.record import Record
-
-    merge: Merge[Any, Any] = Record(merges)
-    return merge
-
-
-def is_loaded(f: Any) -> bool:
-    """Whether f is a class whose objects are called: a model, say, that is loaded once per unit."""
-    return isinstance(f, type) and any("__call__" in vars(kind) for kind in f.__mro__)
 
 
 def _is_array(x: Any) -> bool:
@@ -103,15 +97,13 @@ def _is_array(x: Any) -> bool:
 # -- what is merged by `map` --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
+class _Rows(Concat):
     """Concat, of as many values as there are rows."""
 
-    def empty(self) -> Any:
-        return Concat().empty()
+    __slots__ = ()
 
     def lift(self, value: Any, rows: int) -> Any:
-        part = Concat().lift(value, rows)
+        part = Concat.lift(self, value, rows)
         if len(value) != rows:
             raise DataError(
                 "map a function over rows",
@@ -121,27 +113,26 @@ class _Rows:
             )
         return part
 
-    def join(self, left: Any, right: Any) -> Any:
-        return Concat().join(left, right)
+
+class _EachList(_Rows):
+    """The values of single rows as one list."""
+
+    __slots__ = ()
 
     def finish(self, part: Any) -> Any:
-        return Concat().finish(part)
+        return Concat.finish(self, part) if part.blocks else []
 
 
-@dataclass(frozen=True, slots=True)
-class _Each(_Rows):
-    """The values of single rows as one list, or as one array."""
+class _EachArray(_EachList):
+    """The values of single rows as one array."""
 
-    array: bool = False
+    __slots__ = ()
 
     def finish(self, part: Any) -> Any:
-        values = Concat().finish(part) if part.blocks else []
-        if not self.array:
-            return values
         import numpy as np
 
         try:
-            array = np.asarray(values)
+            array = np.asarray(_EachList.finish(self, part))
         except ValueError:
             array = np.empty(0, object)
         if array.dtype.hasobject:
@@ -154,28 +145,38 @@ class _Each(_Rows):
         return array
 
 
+# -- the function -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
 class _EachRow:
     """A function of one row as a function of pieces."""
 
-    def __init__(self, f: Any) -> None:
-        self.f = f
-        self._made: Any = None
-
-    @property
-    def __code__(self) -> Any:
-        return getattr(self.f, "__code__", None)
+    f: Any
 
     def __call__(self, piece: Any) -> list[Any]:
-        if is_loaded(self.f):
-            self._made = self._made or self.f()
-            return [self._made(row) for row in piece]
         return [self.f(row) for row in piece]
 
-    def __getstate__(self) -> Any:
-        return self.f
 
-    def __setstate__(self, f: Any) -> None:
-        self.__init__(f)  # type: ignore[misc]
+def _is_loaded(f: Any) -> bool:
+    """Whether f is a class whose objects are called: a model, say, that is loaded once per unit."""
+    return isinstance(f, type) and any("__call__" in vars(kind) for kind in f.__mro__)
+
+
+def _made(f: Any) -> Callable[[Any], Any]:
+    """What a unit calls with pieces: for a class an object of it."""
+    if isinstance(f, _EachRow):
+        return _EachRow(_made(f.f))
+    return f() if _is_loaded(f) else f  # type: ignore[no-any-return]
+
+
+def _code(f: Any) -> Any:
+    """The code that runs when f, or an object of f, is called; None for what is not written in Python."""
+    if isinstance(f, _EachRow):
+        return _code(f.f)
+    if not hasattr(f, "__code__"):
+        f = (f if isinstance(f, type) else type(f)).__call__
+    return getattr(f, "__code__", None)
 
 
 # -- one run ------------------------------------------------------------------------------------------
@@ -197,17 +198,17 @@ def _run(f: Any, x: Any, merge: Any, num_pieces: int | None, on: str) -> Folded:
         x = list(x)
     source = pieces_of(x, num_pieces)
     count = source.cuts.num_pieces
-    if count <= 1 and (asked is None or asked.kind == "inline"):
-        carrier = asked or Carrier("inline", 1, "inline: the data is one piece")
-        with held_threads(1, verify=False):
-            value = _alone(f, source, merge)
-    else:
-        with ExitStack() as stack:
-            stack.enter_context(held_threads(1, verify=False))
+    here = functools.cache(lambda: _made(f))  # the function in the calling thread, made at most once
+    with ExitStack() as stack:
+        stack.enter_context(held_threads(1, verify=False))
+        if count <= 1 and (asked is None or asked.kind == "inline"):
+            carrier = asked or Carrier("inline", 1, "inline: the data is one piece")
+            value = merge.finish(_compute(here(), source, merge, 0) if count else merge.empty())
+        else:
             done = OrderedFold(merge)
-            carrier, first = (asked, 0) if asked else _probe(f, source, merge, done, cores)
+            carrier, first = (asked, 0) if asked else _probe(f, here, source, merge, done, cores)
             if first < count:
-                _carry(carrier, f, source, merge, done, first, stack)
+                _carry(carrier, here() if carrier.kind == "inline" else f, source, merge, done, first, stack)
             value = merge.finish(done.part(count))
     where = carrier.kind if carrier.kind == "inline" else f"{carrier.kind}:{carrier.count}"
     return Folded(
@@ -232,24 +233,9 @@ def _check(f: Any, merge: Any) -> None:
         )
 
 
-_allowed_cores = 0
-
-
+@functools.cache
 def _cores() -> int:
-    global _allowed_cores
-    if not _allowed_cores:
-        from fanfold.machine.discover import discover
-
-        _allowed_cores = max(1, int(discover().cores))
-    return _allowed_cores
-
-
-def _alone(f: Any, source: Pieces, merge: Any) -> Any:
-    """One piece, or none, in the calling thread."""
-    if not source.cuts.num_pieces:
-        return merge.finish(merge.empty())
-    call = f() if is_loaded(f) else f
-    return merge.finish(_compute(call, source, merge, 0))
+    return discover().cores
 
 
 def _compute(call: Callable[[Any], Any], source: Pieces, merge: Any, piece: int, value: Any = None) -> Any:
@@ -301,46 +287,46 @@ def _written(source: Pieces, piece: int) -> PieceFailed:
 # -- which carrier ------------------------------------------------------------------------------------
 
 
-def _key(f: Any) -> Any:
-    """What a choice is remembered by: the code, so that the same lambda, made again, is known."""
-    return getattr(f, "__code__", None) or (f if isinstance(f, type) else type(f))
+def _probe(
+    f: Any, here: Callable[[], Any], source: Pieces, merge: Any, done: OrderedFold[Any], cores: int
+) -> tuple[Carrier, int]:
+    """Computes the first pieces, keeps their parts, and chooses; a function known from before is not probed.
 
-
-def _probe(f: Any, source: Pieces, merge: Any, done: OrderedFold[Any], cores: int) -> tuple[Carrier, int]:
-    """Computes the first pieces, keeps their parts, and chooses; a function known from before is not probed."""
+    A choice is remembered by the code, so that the same lambda, made again, is known.
+    """
     count = source.cuts.num_pieces
-    known = _known.get(_key(f))
+    key = _code(f) or (f if isinstance(f, type) else type(f))
     first = 0
-    if known is None:
-        call = f() if is_loaded(f) else f
+    if key not in _known:
         elapsed_s, rows = 0.0, 0
         while first < count and (first < 2 or elapsed_s < _PROBE_S / 5):
             begun_s = time.perf_counter()
-            done.add(first, _compute(call, source, merge, first))
+            done.add(first, _compute(here(), source, merge, first))
             took_s = time.perf_counter() - begun_s
             if first:  # the first call also imports and allocates
                 elapsed_s, rows = elapsed_s + took_s, rows + source.rows(first)
             first += 1
         row_s = elapsed_s / max(1, rows)
-        left_s = row_s * (source.cuts.num_rows - source.cuts.bounds(first - 1)[1])
+        left_s = row_s * source.cuts.rows_from(first)
         if first == count or left_s < _PROBE_S or cores == 1:
             return Carrier("inline", 1, f"inline: what is left takes {left_s * 1e3:.2g} ms"), first
         speedup, first = _two_threads(f, source, merge, done, first, row_s)
-        known = (row_s, speedup, _bytes_per_row(source))
         if len(_known) >= _MAX_KNOWN:
             _known.clear()
-        _known[_key(f)] = known
-    rows_left = source.cuts.num_rows - (source.cuts.bounds(first)[0] if first < count else source.cuts.num_rows)
-    from fanfold.job import engines
-
+        _known[key] = (row_s, speedup, _bytes_per_row(source))
+    row_s, speedup, bytes_per_row = _known[key]
     measured = Measured(
-        row_s=known[0],
-        thread_speedup=known[1],
-        bytes_per_row=known[2],
-        portable=_portable(f, source),
+        row_s=row_s,
+        thread_speedup=speedup,
+        bytes_per_row=bytes_per_row,
+        portable=source.kind != "tensor",
         start_s=_WARM_S if engines.is_warm() else _START_S,
     )
-    return choose_carrier(measured, rows_left, cores), first
+    rows_left = source.cuts.rows_from(first)
+    carrier = choose_carrier(measured, rows_left, cores)
+    if carrier.kind == "cpu" and not _portable(f, source):  # asked only now: pickling may cost more than the job
+        carrier = choose_carrier(replace(measured, portable=False), rows_left, cores)
+    return carrier, first
 
 
 def _two_threads(
@@ -377,7 +363,7 @@ def _portable(f: Any, source: Pieces) -> bool:
             cloudpickle.dumps(source.take(0))
     except Exception:
         return False
-    return source.kind != "tensor"
+    return True
 
 
 # -- carrying out -------------------------------------------------------------------------------------
@@ -397,9 +383,6 @@ def _carry(
         engine = Inline() if carrier.kind == "inline" else Threads(_units("threads", carrier.count))
         engine.carry_out(_Work(f=f, source=source, merge=merge), agenda)
         return
-    from fanfold.job import engines
-
-    agenda.ships = True
     try:
         body = cloudpickle.dumps((f, merge))
     except Exception as error:
@@ -409,26 +392,30 @@ def _carry(
             allowed="functions and data that can be pickled",
             do="open files, locks and connections inside the function, or use on='threads'",
         ) from error
-    sent = Pieces(data=None, kind=source.kind, cuts=source.cuts)
     if source.kind == "array":
         folder = stack.enter_context(scratch_folder(_room(source.data.nbytes)))
         sent = source.mapped(folder / "array")
-        agenda.ships = False
+    else:
+        sent = replace(source, data=None)
+        agenda.ships = True
     stack.enter_context(engines.hold())
     local = engines.engine_for("local", imports=("fanfold.job.fold", "numpy"), threads=1)
     assert not isinstance(local, Inline)
     local.resize(_units("cpu", carrier.count))
     local.limit(memory_bytes=None, timeout_batch_s=_FOREVER_S)
     try:
-        local.carry_out(_Shipped(body=body, source=sent, token=time.monotonic_ns(), file=_file_of(f)), agenda)
+        local.carry_out(
+            _Shipped(
+                body=body, source=sent, token=time.monotonic_ns(), file=getattr(_code(f), "co_filename", "<unknown>")
+            ),
+            agenda,
+        )
     finally:
         engines.touch()
 
 
 def _room(num_bytes: int) -> Path | None:
     """Memory that looks like a disk, where there is enough of it."""
-    import shutil
-
     shared = Path("/dev/shm")
     try:
         return shared if shutil.disk_usage(shared).free > 2 * num_bytes else None
@@ -449,7 +436,9 @@ class _Work:
     def carry_out(self, assignment: Assignment, desk: Desk) -> Any:
         lease = assignment.instruction
         assert isinstance(lease, Compute)
-        call = self._callable(desk)
+        if "fold call" not in desk.cache:
+            desk.cache["fold call"] = _made(self.f)
+        call = desk.cache["fold call"]
         values: Sequence[Any] | None = assignment.detail
         parts: OrderedFold[Any] = OrderedFold(self.merge)
         begun_s = time.perf_counter()
@@ -461,13 +450,6 @@ class _Work:
             if desk.stopping():
                 break
         return last, parts.blocks(), time.perf_counter() - begun_s
-
-    def _callable(self, desk: Desk) -> Callable[[Any], Any]:
-        if not is_loaded(self.f):
-            return self.f  # type: ignore[no-any-return]
-        if desk.cache.get("fold") is None:
-            desk.cache["fold"] = self.f()
-        return desk.cache["fold"]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -484,19 +466,16 @@ class _Shipped:
     def carry_out(self, assignment: Assignment, desk: Desk) -> Any:
         if desk.cache.get("fold token") != self.token:
             f, merge = pickle.loads(self.body)
-            source = self.source
-            if isinstance(source.data, MappedArray):
-                source = Pieces(data=source.data.open(), kind=source.kind, cuts=source.cuts)
-            made = f() if is_loaded(f) else f
-            desk.cache.update({"fold token": self.token, "fold work": _Work(f=made, source=source, merge=merge)})
+            work = _Work(f=f, source=self.source.opened(), merge=merge)
+            desk.cache.pop("fold call", None)  # of the call before
+            desk.cache.update({"fold token": self.token, "fold work": work})
         if assignment.detail is not None:
-            detail = pickle.loads(assignment.detail)
-            assignment = Assignment(assignment.instruction, detail)
+            assignment = replace(assignment, detail=pickle.loads(assignment.detail))
         try:
             return desk.cache["fold work"].carry_out(assignment, desk)
         except FanfoldError as error:
             cause = error.__cause__
-            return _Broken(error, _portable_error(cause), _shown(cause, self.file))
+            return _Broken(error, portable(cause) if cause else None, _shown(cause, self.file))
 
 
 def _shown(error: BaseException | None, file: str) -> str:
@@ -509,20 +488,6 @@ def _shown(error: BaseException | None, file: str) -> str:
     ]
     lines = ["Traceback (most recent call last):\n", *traceback.format_list(frames)]
     return "".join([*lines, *traceback.format_exception_only(error)])
-
-
-def _file_of(f: Any) -> str:
-    f = getattr(f, "__call__", f) if not hasattr(f, "__code__") and not isinstance(f, type) else f  # noqa: B004
-    if isinstance(f, type):
-        f = vars(f).get("__call__", f)
-    code = getattr(f, "__code__", None) or getattr(getattr(f, "__func__", None), "__code__", None)
-    return str(getattr(code, "co_filename", "<unknown>"))
-
-
-def _portable_error(error: BaseException | None) -> BaseException | None:
-    from fanfold.engine._worker import portable
-
-    return None if error is None else portable(error)
 
 
 @dataclass(frozen=True, slots=True)

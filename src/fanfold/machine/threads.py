@@ -27,9 +27,7 @@ def hold_threads(num_threads: int) -> None:
     """
     import threadpoolctl
 
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(num_threads)  # always: what MKL inside torch keeps, torch itself may not tell
+    _set_torch(num_threads)
     over = _over(num_threads)
     if over:
         threadpoolctl.threadpool_limits(limits=num_threads)
@@ -49,14 +47,12 @@ def held_threads(num_threads: int, *, verify: bool = True) -> Iterator[None]:
 
     A library that is imported inside must be held again, once it is there. Verifying takes some 20 ms.
     """
-
     with _lock:
         if not _held:
             torch = sys.modules.get("torch")
             before = torch.get_num_threads() if torch is not None else os.cpu_count() or 1
             _held.append((before, _pools().limit(limits=num_threads)))
-            if torch is not None:
-                torch.set_num_threads(num_threads)
+            _set_torch(num_threads)
         else:
             _held.append(_held[0])
     try:
@@ -68,9 +64,14 @@ def held_threads(num_threads: int, *, verify: bool = True) -> Iterator[None]:
             before, limits = _held.pop()
             if not _held:  # the last one out
                 limits.restore_original_limits()
-                torch = sys.modules.get("torch")
-                if torch is not None:
-                    torch.set_num_threads(before)
+                _set_torch(before)
+
+
+def _set_torch(num_threads: int) -> None:
+    """Always, where torch is there: what MKL inside torch keeps, torch itself may not tell."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(num_threads)
 
 
 def _pools() -> Any:

@@ -165,14 +165,14 @@ class Mean:
         elif self.of == "rows" and rows:
             values = per_row(value, rows, "take the mean over rows")
             if _is_int(values) and len(values.shape) > 1:
-                values = _as_float64(values)
+                values = _cast(values, "float64")
             return MeanPart(_sum_rows(values), SumPart(rows))
         weight = _weight(weight)
         if not weight:
             return MeanPart()
         value = _summable(value)
         if _is_array(value) and _is_int(value):
-            value = _as_float64(value)
+            value = _cast(value, "float64")
         try:
             with _quiet(value):
                 return MeanPart(SumPart(value * weight), SumPart(weight))
@@ -214,8 +214,11 @@ def _check_of(name: str, of: str) -> None:
         )
 
 
-def _as_float64(values: Any) -> Any:
-    return values.astype("float64") if hasattr(values, "astype") else values.double()
+def _cast(values: Any, dtype: str) -> Any:
+    """An array of that dtype: float64, float32 or int64."""
+    if hasattr(values, "astype"):
+        return values.astype(dtype)
+    return getattr(values, {"float64": "double", "float32": "float", "int64": "long"}[dtype])()
 
 
 def _sum_rows(values: Any) -> SumPart:
@@ -225,7 +228,7 @@ def _sum_rows(values: Any) -> SumPart:
         return SumPart(_sum_int_rows(values))
     dtype = _dtype(values)
     if dtype == "float32":
-        values = _as_float64(values)
+        values = _cast(values, "float64")
     if dtype.startswith(("complex", "clongdouble")):
         real, imag = _sum_float_rows(values.real), _sum_float_rows(values.imag)
         total, carry = real[0] + 1j * imag[0], real[1] + 1j * imag[1]
@@ -234,11 +237,11 @@ def _sum_rows(values: Any) -> SumPart:
     if len(values.shape) == 1:
         return SumPart(total.item(), carry.item())
     if dtype == "float32":  # the dtype that the values have; the carry takes what it cannot hold
-        narrow = total.astype("float32") if hasattr(total, "astype") else total.float()
-        left = _as_float64(narrow)
+        narrow = _cast(total, "float32")
+        left = _cast(narrow, "float64")
         with _quiet(total):
             rest = (total - left) + carry
-        carry = rest.astype("float32") if hasattr(rest, "astype") else rest.float()
+        carry = _cast(rest, "float32")
         carry[(carry - carry) != 0] = 0
         return SumPart(narrow, carry)
     return SumPart(total, carry)
@@ -247,7 +250,7 @@ def _sum_rows(values: Any) -> SumPart:
 def _sum_float_rows(values: Any) -> tuple[Any, Any]:
     """Leading bits and the rest, each summed: AccSum's extraction, which needs no order."""
     with _quiet(values):
-        sigma = abs_max(values) * (4.0 * values.shape[0])
+        sigma = _abs_max(values) * (4.0 * values.shape[0])
         leading = (values + sigma) - sigma
         total = leading.sum(0)
         leading -= values
@@ -266,7 +269,7 @@ def _zero_like(value: Any) -> Any:
     return type(value)(0.0) if type(value).__module__.startswith("numpy") else value.new_zeros(())
 
 
-def abs_max(values: Any) -> Any:
+def _abs_max(values: Any) -> Any:
     """The largest magnitude of each column of an array [rows, ...], NaN where there is one."""
     if hasattr(values, "amax"):
         high, low = values.amax(0), -values.amin(0)
@@ -282,10 +285,7 @@ def abs_max(values: Any) -> Any:
 def _sum_int_rows(values: Any) -> Any:
     """Exact: a Python int for [rows]; an array, or DataError where it could overflow."""
     num_rows = values.shape[0]
-    if hasattr(values, "amax"):
-        high, low = values.amax().item(), values.amin().item()
-    else:
-        high, low = (values.max().item(), values.min().item()) if values.size else (0, 0)
+    high, low = (0, 0) if 0 in values.shape else (values.max().item(), values.min().item())
     limit = 2**64 if _dtype(values).startswith("u") else 2**63
     if max(high, -low) * num_rows >= limit:
         if len(values.shape) == 1:
@@ -308,7 +308,7 @@ def _weighted_rows(value: Any, weight: Any, rows: int) -> MeanPart:
     weights = per_row(weight, rows, "weigh rows for the mean")
     if len(weights.shape) != 1 or not bool(((weights >= 0) & ((weights - weights) == 0)).all()):
         raise _bad_weight(f"weights of shape {tuple(weights.shape)}, or one that is NaN, infinite or negative")
-    values, weights = _as_float64(values), _as_float64(weights)
+    values, weights = _cast(values, "float64"), _cast(weights, "float64")
     used = weights > 0
     if not bool(used.any()):
         return MeanPart()
@@ -362,9 +362,9 @@ def _summable(value: Any) -> Any:
     if isinstance(value, (int, float, complex)) or dtype == "uint64":
         return value
     if dtype in ("float16", "bfloat16"):
-        return value.astype("float32") if hasattr(value, "astype") else value.float()
+        return _cast(value, "float32")
     if dtype.startswith(("int", "uint", "bool")):
-        return value.astype("int64") if hasattr(value, "astype") else value.long()
+        return _cast(value, "int64")
     if dtype.startswith(("float", "complex", "longdouble", "clongdouble")):
         return value
     raise DataError(

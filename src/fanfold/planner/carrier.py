@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 
 from fanfold.errors import PlanError
+from fanfold.planner.units import OVERSUBSCRIPTION
 
 ALLOWED = "auto, inline, threads, threads:N, cpu, cpu:N"
-OVERSUBSCRIPTION = 8
-_HAND_OVER_S = 100e-6  # to start a thread and hand a lease to it (measured, docs/log.md)
-_PIPE_BYTES_PER_S = 1e9
+_HAND_OVER_S = 60e-6  # to start a thread and hand a lease to it (docs/log.md)
+_PIPE_BYTES_PER_S = 6e8  # pickled, written, read (docs/log.md)
 _WORTH_IT = 0.9  # another carrier must be at least so much faster than the simpler one
 
 

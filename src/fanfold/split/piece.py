@@ -9,7 +9,6 @@ from fanfold.errors import PlanError
 PIECE_ROWS = 32_768
 PIECE_BYTES = 256 * 1024  # what a core's own cache holds beside the temporaries of a function
 _LIST_PIECES = 1024  # a long list is cut into about so many pieces: its rows may be costly
-_STREAM_GROWTH = 256  # a stream's pieces grow by one row for so many rows that came before
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +25,10 @@ class Cuts:
             return piece * self.num_rows // self.num_pieces, (piece + 1) * self.num_rows // self.num_pieces
         start = piece * self.piece_rows
         return start, min(start + self.piece_rows, self.num_rows)
+
+    def rows_from(self, piece: int) -> int:
+        """The number of rows of this piece and all behind it; 0 behind the last."""
+        return self.num_rows - self.bounds(piece)[0] if piece < self.num_pieces else 0
 
 
 def cut_into(num_rows: int, pieces: int) -> Cuts:
@@ -48,11 +51,6 @@ def cut_array(num_rows: int, row_bytes: float) -> Cuts:
 def cut_list(num_rows: int) -> Cuts:
     """About 1,024 pieces, of 32,768 rows at the most."""
     return _cut(num_rows, max(1, min(PIECE_ROWS, -(-num_rows // _LIST_PIECES))))
-
-
-def stream_rows(rows_before: int) -> int:
-    """The number of rows of the next piece of a stream."""
-    return min(PIECE_ROWS, 1 + rows_before // _STREAM_GROWTH)
 
 
 def _cut(num_rows: int, piece_rows: int) -> Cuts:
