@@ -7,9 +7,10 @@ array alone (NumPy, torch on the CPU). Results of one dimension less than one ar
 and of ints below 64 bits are summed in int64, float16 and bfloat16 in float32.
 
 The rows of a piece are summed in two parts: the leading bits of every value, which a plain sum adds without
-rounding in any order, and what is left of them (Rump, Ogita & Oishi 2008, AccSum, algorithm 3.2, once). The sum
-of n rows of one piece is within  u |s| + 32 n^2 u^2 max|x|  of the exact one (n <= 2^24), before pieces join; where
-4 n max|x| is beyond the largest float, a plain sum is all there is.
+rounding in any order, and what is left of them (Rump, Ogita & Oishi 2008, AccSum, algorithm 3.2, once), in blocks
+of at most 32,768 rows where there is one number a row. The sum of a block of n rows is within
+u |s| + 8 n^3 u^2 max|x|  of the exact one, before blocks and pieces join; where 4 n max|x| is beyond the largest
+float, a plain sum is all there is.
 
 Floats are summed with their rounding errors (two-sum: Knuth, TAOCP vol. 2, section 4.2.2, theorem B; carried
 along as in Ogita, Rump & Oishi 2005, algorithm 4.4), so how the rows were cut shows at most in the last bit.
@@ -22,16 +23,22 @@ A partial sum beyond the largest float is infinite, as it is for `sum`. The sign
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fanfold.errors import DataError, PlanError
 from fanfold.merge.rows import per_row
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
+
+_BLOCK_ROWS = 32_768
+_SMALL, _LARGE = 1e-200, 1e290  # sums of squares that neither underflow nor overflow on the way
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +62,7 @@ class Count:
         return part
 
 
-@dataclass(frozen=True, slots=True)
-class SumPart:
+class SumPart(NamedTuple):
     """A sum as `total + carry`, the carry holding what rounding took from it; total None: no pieces."""
 
     total: Any = None
@@ -90,14 +96,18 @@ class Sum:
         if not rows:
             return SumPart()
         if self.of == "rows":
-            return _sum_rows(per_row(value, rows, "sum over rows"))
+            return _sum_line(value) if _is_line(value, rows) else _sum_rows(per_row(value, rows, "sum over rows"))
         return SumPart(_summable(value))
 
     def join(self, left: SumPart, right: SumPart) -> SumPart:
         """Both sums. Raises DataError if shape or dtype differ, or if an int64 array would overflow."""
-        if left.total is None or right.total is None:
-            return right if left.total is None else left
-        _check_alike(left.total, right.total)
+        a, b = left.total, right.total
+        if type(a) is float and type(b) is float:
+            total, error = _two_sum(a, b)
+            return SumPart(total, left.carry + right.carry + error)
+        if a is None or b is None:
+            return right if a is None else left
+        _check_alike(a, b)
         if _is_int(left.total) and _is_int(right.total):
             return SumPart(_add_ints(left.total, right.total))
         left, right = _float_part(left), _float_part(right)
@@ -107,6 +117,8 @@ class Sum:
 
     def finish(self, part: SumPart) -> Any:
         """The sum; the int 0 for no pieces."""
+        if type(part.total) is float:
+            return part.total + part.carry
         with _quiet(part.total):
             return 0 if part.total is None else part.total + part.carry
 
@@ -122,8 +134,7 @@ class Weighted:
     w: Any
 
 
-@dataclass(frozen=True, slots=True)
-class MeanPart:
+class MeanPart(NamedTuple):
     """The sum of weight times value, and the sum of the weights."""
 
     total: SumPart = SumPart()
@@ -157,6 +168,8 @@ class Mean:
 
     def lift(self, value: Any, rows: int) -> MeanPart:
         """The part of one piece, or of a `Weighted`. Raises DataError for wrong lengths or a bad weight."""
+        if self.of == "rows" and _is_line(value, rows):
+            return MeanPart(_sum_line(value), SumPart(rows))
         weight = rows
         if isinstance(value, Weighted):
             value, weight = value.value, value.w
@@ -181,12 +194,14 @@ class Mean:
 
     def join(self, left: MeanPart, right: MeanPart) -> MeanPart:
         """Both sums and both weights. Raises DataError if shape or dtype differ."""
-        join = Sum().join
-        return MeanPart(join(left.total, right.total), join(left.weight, right.weight))
+        return MeanPart(_SUM.join(left.total, right.total), _SUM.join(left.weight, right.weight))
 
     def finish(self, part: MeanPart) -> Any:
         """The mean. Raises DataError for no weight at all: nothing has no mean."""
-        weight = Sum().finish(part.weight)
+        weight = part.weight.total
+        if type(weight) is int and weight and type(part.total.total) is float:
+            return (part.total.total + part.total.carry) / weight
+        weight = _SUM.finish(part.weight)
         if not weight:
             raise DataError(
                 "take the mean",
@@ -194,7 +209,7 @@ class Mean:
                 allowed="at least one row",
                 do="check that the input is not empty, or count the rows before asking for their mean",
             )
-        total = Sum().finish(part.total)
+        total = _SUM.finish(part.total)
         try:
             if math.isfinite(weight):
                 with _quiet(total):
@@ -214,6 +229,9 @@ def _check_of(name: str, of: str) -> None:
         )
 
 
+_SUM = Sum()  # of weights and of weighted values
+
+
 def _cast(values: Any, dtype: str) -> Any:
     """An array of that dtype: float64, float32 or int64."""
     if hasattr(values, "astype"):
@@ -229,6 +247,8 @@ def _sum_rows(values: Any) -> SumPart:
     dtype = _dtype(values)
     if dtype == "float32":
         values = _cast(values, "float64")
+    if _is_line(values, len(values)):
+        return _sum_line(values)
     if dtype.startswith(("complex", "clongdouble")):
         real, imag = _sum_float_rows(values.real), _sum_float_rows(values.imag)
         total, carry = real[0] + 1j * imag[0], real[1] + 1j * imag[1]
@@ -245,6 +265,52 @@ def _sum_rows(values: Any) -> SumPart:
         carry[(carry - carry) != 0] = 0
         return SumPart(narrow, carry)
     return SumPart(total, carry)
+
+
+def _is_line(values: Any, rows: int) -> bool:
+    """Whether this is a NumPy array [rows] of float64, rows > 0: what most functions give."""
+    np = sys.modules.get("numpy")
+    return np is not None and type(values) is np.ndarray and values.dtype.char == "d" and values.shape == (rows,) != (0,)
+
+
+def _sum_line(values: Any) -> SumPart:
+    """As _sum_float_rows, of a NumPy array [rows] of float64, with fewer and cheaper steps.
+
+    sum|x| <= sqrt(n sum(x^2)), so four times the next power of two is enough for an exact sum of leading bits.
+    """
+    num_rows = len(values)
+    if num_rows > _BLOCK_ROWS:
+        part = SumPart()
+        for start in range(0, num_rows, _BLOCK_ROWS):
+            part = _SUM.join(part, _sum_line(values[start : start + _BLOCK_ROWS]))
+        return part
+    squares = _squares()(values)
+    if not _SMALL < squares < _LARGE:  # NaN too
+        total, carry = _sum_float_rows(values)
+        return SumPart(float(total), float(carry))
+    sigma = math.ldexp(4.0, (math.frexp(squares * num_rows)[1] + 1) // 2)
+    ones = _ones() if num_rows == _BLOCK_ROWS else _ones()[:num_rows]
+    leading = values + sigma
+    leading -= sigma
+    total = leading.dot(ones)
+    leading -= values
+    return SumPart(float(total), -float(leading.dot(ones)))
+
+
+@functools.cache
+def _squares() -> Callable[[Any], float]:
+    """The sum of squares; beyond the largest float it is infinite, and nobody is warned."""
+    import numpy as np
+
+    return np.errstate(over="ignore")(lambda values: float(values.dot(values)))
+
+
+@functools.cache
+def _ones() -> Any:
+    """A product with these is NumPy's fastest sum."""
+    import numpy as np
+
+    return np.ones(_BLOCK_ROWS)
 
 
 def _sum_float_rows(values: Any) -> tuple[Any, Any]:
@@ -324,7 +390,7 @@ def _two_sum(left: Any, right: Any) -> tuple[Any, Any]:
     moved = total - left
     error = (left - (total - moved)) + (right - moved)
     bad = (error - error) != 0  # NaN or infinite: a value is, or the sum overflowed
-    if not _is_array(error):
+    if bad is False or bad is True or not _is_array(error):
         return total, 0.0 if bad else error
     if bad.any():
         error[bad] = 0
