@@ -133,7 +133,7 @@ def test_a_class_that_is_called_with_rows_is_loaded_once_per_unit_too(on, units)
 
 
 def test_a_class_that_auto_tries_and_keeps_in_the_calling_thread_is_loaded_once():
-    found = ff.map(Loaded, list(range(4000)))
+    found = ff.map(Loaded, list(range(300)))
     assert len({number for _, number, _ in found}) == 1
 
 

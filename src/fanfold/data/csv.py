@@ -37,8 +37,8 @@ def long_fields() -> Iterator[None]:
             csv.field_size_limit(before)
 
 
-def _fields(data: bytes) -> list[str]:
-    """Raises RowProblem."""
+def fields(data: bytes) -> list[str]:
+    """The cells of one record. Raises RowProblem."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -92,7 +92,7 @@ class CsvDecoder:
         return Decoded(texts, self._kept(rows), problems, ids)
 
     def _row(self, data: bytes) -> list[str]:
-        row = _fields(data)
+        row = fields(data)
         if len(row) != len(self.header):
             row_id = row[self.id_at] if self.id_at is not None and self.id_at < len(row) else None
             reason = f"{len(row)} fields, the header has {len(self.header)}"
@@ -114,7 +114,7 @@ def read_header(data: bytes, path: str) -> tuple[str, ...]:
     asked = f"the header of {inert(path)}"
     try:
         with long_fields():
-            header = tuple(_fields(data))
+            header = tuple(fields(data))
     except RowProblem as error:
         raise InputError(
             asked,

@@ -7,14 +7,15 @@ import sys
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from fanfold.data.csv import csv_decoder, read_header
+from fanfold.data.filerows import FileRows, RowDecoder
 from fanfold.data.jsonl import jsonl_decoder
 from fanfold.data.lines import BLOCK_BYTES, Cutter, Rules, blocks
 from fanfold.data.listing import STDIN, compression, list_inputs
-from fanfold.data.parquet import parquet_source
+from fanfold.data.parquet import parquet_source, parquet_tables
 from fanfold.data.records import Decoder, LineSource, Record, read_records
 from fanfold.data.spool import Replay, SpoolSource, open_stream
 from fanfold.data.text import text_decoder
-from fanfold.errors import RequestError
+from fanfold.errors import InputError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -68,6 +69,33 @@ def open_source(
             files=files, decoder=decoder, spool=spool, limit=limit, block_bytes=block_bytes, stdin=replay
         )
     return LineSource(files=files, decoder=decoder, limit=limit, block_bytes=block_bytes)
+
+
+def open_rows(inputs: Sequence[str], spool: Path, *, block_bytes: int = BLOCK_BYTES) -> FileRows:
+    """The rows of all inputs as they stand there; `spool` is the folder for windows of compressed ones.
+
+    Raises: InputError.
+    """
+    listing = list_inputs(inputs)
+    files = listing.files
+    if listing.family == "parquet":
+        return FileRows(source=parquet_tables(files))
+    names: tuple[str, ...] = ()
+    if listing.family == "csv":
+        headers = [(file.path, found) for file in files if (found := _header(file.path, block_bytes)) is not None]
+        names = headers[0][1] if headers else ()
+        for path, header in headers:
+            if header != names:
+                raise InputError(
+                    f"the rows of {path}",
+                    found=f"the header {', '.join(header)}",
+                    allowed=f"that of {headers[0][0]}: {', '.join(names)}",
+                    do="read files with different columns one after the other",
+                )
+    decoder = RowDecoder(rules=listing.family, names=names)
+    if any(compression(file.path) for file in files):
+        return FileRows(source=SpoolSource(files=files, decoder=decoder, spool=spool, block_bytes=block_bytes))
+    return FileRows(source=LineSource(files=files, decoder=decoder, block_bytes=block_bytes))
 
 
 def _check_names(kept: Sequence[str], reserved: Sequence[str]) -> None:

@@ -223,15 +223,7 @@ def parquet_source(
     limit: int | None,
 ) -> ParquetSource:
     """Raises InputError for unreadable files, files that differ, a column that is missing or no text."""
-    rows: list[int] = []
-    schema: pa.Schema | None = None
-    for file in files:
-        with open_parquet(file.path) as opened:
-            rows.append(opened.metadata.num_rows)
-            found = opened.schema_arrow
-        schema = found if schema is None else schema
-        _check_same(files[0].path, schema, file.path, found)
-    schema = pa.schema([]) if schema is None else schema
+    rows, schema = _look(files)
     for name in (column, *([id_column] if id_column else []), *(keep if isinstance(keep, tuple) else ())):
         if name not in schema.names:
             raise InputError(
@@ -244,13 +236,32 @@ def parquet_source(
     names = schema.names if keep == "all" else keep if isinstance(keep, tuple) else ()
     return ParquetSource(
         files=files,
-        rows=tuple(rows),
+        rows=rows,
         column=column,
         id_column=id_column,
         kept=pa.schema([_kept_field(schema.field(name)) for name in names]),
         form=form,
         limit=limit,
     )
+
+
+def parquet_tables(files: tuple[InputFile, ...]) -> ParquetSource:
+    """All columns, none of them special. Raises InputError for unreadable files, or files that differ."""
+    rows, schema = _look(files)
+    return ParquetSource(files=files, rows=rows, column="", id_column=None, kept=schema, form="typed")
+
+
+def _look(files: tuple[InputFile, ...]) -> tuple[tuple[int, ...], pa.Schema]:
+    """The number of rows of each file, and the schema of all."""
+    rows: list[int] = []
+    schema: pa.Schema | None = None
+    for file in files:
+        with open_parquet(file.path) as opened:
+            rows.append(opened.metadata.num_rows)
+            found = opened.schema_arrow
+        schema = found if schema is None else schema
+        _check_same(files[0].path, schema, file.path, found)
+    return tuple(rows), pa.schema([]) if schema is None else schema
 
 
 def _kept_field(field: pa.Field) -> pa.Field:

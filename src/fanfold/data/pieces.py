@@ -1,27 +1,92 @@
-"""Data in memory, piece by piece: what a function over pieces is given, of every kind of data."""
+"""Data piece by piece: what a function over pieces is given, of every kind of data in memory."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fanfold.errors import PlanError
-from fanfold.split.piece import Cuts, cut_array, cut_into, cut_list
+from fanfold.split.piece import PIECE_BYTES, PIECE_ROWS, Cuts, Place, cut_array, cut_into, cut_list
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
+class Stock(Protocol):
+    """Pieces in order, as the parent finds them; a unit reads them with what it is lent of each.
+
+    `kind` is what the data is: array, tensor, list, tuple, arrow, pandas, polars, stream, files.
+    """
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def num_known(self) -> int:
+        """Pieces found so far."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows found so far."""
+
+    def more(self) -> bool:
+        """Finds pieces behind the known ones; False: there are none."""
+
+    def place(self, piece: int) -> Place:
+        """Where the piece stands."""
+
+    def rows_left(self, piece: int) -> float:
+        """Rows of this piece and all behind it, as far as they are known, or else guessed."""
+
+    def lent(self, piece: int, ships: bool) -> Any:
+        """What a unit needs of the piece, beside the stock itself or, where it ships to processes, what was `sent`."""
+
+    def read(self, piece: int, lent: Any) -> Any:
+        """The piece, on a unit."""
+
+    def forget(self, first: int, last: int) -> None:
+        """These pieces are done."""
+
+    def sent(self, path: Path) -> Any:
+        """What goes to other processes once: `opened()` there, it reads pieces. May write to the path."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pieces:
-    """Rows in memory and where they are cut. `kind`: array, tensor, list, tuple, arrow, pandas, polars."""
+    """Rows in memory and where they are cut; a Stock."""
 
     data: Any
     kind: str
     cuts: Cuts
 
-    def take(self, piece: int) -> Any:
+    @property
+    def num_known(self) -> int:
+        return self.cuts.num_pieces
+
+    @property
+    def num_rows(self) -> int:
+        return self.cuts.num_rows
+
+    def more(self) -> bool:
+        return False
+
+    def place(self, piece: int) -> Place:
+        return Place(piece, *self.cuts.bounds(piece), self.cuts.num_pieces)
+
+    def rows_left(self, piece: int) -> float:
+        return self.cuts.rows_from(piece)
+
+    def lent(self, piece: int, ships: bool) -> Any:
+        return self._take(piece) if ships and self.kind not in ("array", "tensor") else None
+
+    def read(self, piece: int, lent: Any) -> Any:
+        return self._take(piece) if lent is None else lent
+
+    def forget(self, first: int, last: int) -> None:
+        pass
+
+    def _take(self, piece: int) -> Any:
         """The rows of the piece, of the kind of the whole: an array as a read-only view, a frame as a copy."""
         start, stop = self.cuts.bounds(piece)
         if self.kind == "array":
@@ -34,45 +99,43 @@ class Pieces:
             return self.data.iloc[start:stop].copy()
         return self.data[start:stop]
 
-    def rows(self, piece: int) -> int:
-        """The number of rows of the piece."""
-        start, stop = self.cuts.bounds(piece)
-        return stop - start
-
-    def version(self) -> int:
-        """A number that changes when a tensor is written to; torch knows no read-only views."""
-        return self.data._version if self.kind == "tensor" else 0
-
-    def mapped(self, path: Path) -> Pieces:
-        """The same array where other processes can map it: its own file, or a copy at the path."""
-        return replace(self, data=MappedArray.of(self.data, path))
+    def sent(self, path: Path) -> Pieces:
+        """The same pieces for other processes: numbers in a file that they map, all else lent piece by piece."""
+        return replace(self, data=MappedArray.of(self.data, path) if self.kind in ("array", "tensor") else None)
 
     def opened(self) -> Pieces:
-        """In another process: the array mapped there; other data is not here, it comes piece by piece."""
+        """In another process: what was sent there, mapped."""
         return replace(self, data=self.data.open()) if isinstance(self.data, MappedArray) else self
 
 
 @dataclass(frozen=True, slots=True)
 class MappedArray:
-    """An array in a file, opened by whoever takes rows of it."""
+    """An array or a tensor in a file, opened by whoever takes rows of it."""
 
     path: str
     offset: int
-    dtype: Any
+    dtype: Any  # NumPy's
     shape: tuple[int, ...]
+    tensor: str = ""  # the name of torch's dtype, where it is a tensor
 
     @classmethod
-    def of(cls, array: Any, path: Path) -> MappedArray:
+    def of(cls, data: Any, path: Path) -> MappedArray:
         import numpy as np
 
-        if (
-            type(array) is np.memmap
-            and array.filename
-            and array.mode != "c"  # what was written to it stands in this process alone
-            and array.flags.c_contiguous
-            and type(array.base) is not np.memmap
+        array, tensor = data, ""
+        if hasattr(data, "untyped_storage"):
+            torch = sys.modules["torch"]
+            tensor = str(data.dtype).removeprefix("torch.")
+            array = data.detach().contiguous()
+            array = (array.view(torch.int16) if tensor == "bfloat16" else array).numpy()
+        elif (
+            type(data) is np.memmap
+            and data.filename
+            and data.mode != "c"  # what was written to it stands in this process alone
+            and data.flags.c_contiguous
+            and type(data.base) is not np.memmap
         ):
-            return cls(str(array.filename), int(array.offset), array.dtype, array.shape)
+            return cls(str(data.filename), int(data.offset), data.dtype, data.shape)
         with open(path, "wb") as file:
             if array.flags.c_contiguous:
                 file.write(array.reshape(-1).view(np.uint8).data)
@@ -80,14 +143,23 @@ class MappedArray:
                 rows = max(1, (1 << 24) // max(1, array[:1].nbytes))
                 for start in range(0, len(array), rows):
                     file.write(np.ascontiguousarray(array[start : start + rows]).tobytes())
-        return cls(str(path), 0, array.dtype, array.shape)
+        return cls(str(path), 0, array.dtype, array.shape, tensor)
 
     def open(self) -> Any:
         import numpy as np
 
         if 0 in self.shape:
-            return np.empty(self.shape, self.dtype)
-        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape).view(np.ndarray)
+            array = np.empty(self.shape, self.dtype)
+        elif self.tensor:  # torch knows no read-only memory: what is written stays in this process
+            array = np.memmap(self.path, self.dtype, "c", self.offset, self.shape).view(np.ndarray)
+        else:
+            array = np.memmap(self.path, self.dtype, "r", self.offset, self.shape).view(np.ndarray)
+        if not self.tensor:
+            return array
+        import torch
+
+        whole = torch.from_numpy(array)
+        return whole.view(torch.bfloat16) if self.tensor == "bfloat16" else whole
 
 
 def pieces_of(x: Any, pieces: int | None) -> Pieces:
@@ -100,6 +172,18 @@ def pieces_of(x: Any, pieces: int | None) -> Pieces:
     else:
         cuts = cut_list(num_rows)
     return Pieces(data=x, kind=kind, cuts=cuts)
+
+
+def whole_piece(x: Any) -> Any:
+    """A read-only view of a NumPy array that makes up one piece; None for all else."""
+    np = sys.modules.get("numpy")
+    if np is None or type(x) is not np.ndarray or not x.ndim or x.dtype.hasobject:
+        return None
+    if not 0 < len(x) <= PIECE_ROWS or (x.nbytes > PIECE_BYTES and len(x) > 1):
+        return None
+    view = x[:]
+    view.flags.writeable = False
+    return view
 
 
 def _look(x: Any) -> tuple[str, int, int]:
@@ -128,8 +212,9 @@ def _look(x: Any) -> tuple[str, int, int]:
 
 def _unknown(found: str) -> PlanError:
     return PlanError(
-        "split data in memory",
+        "split data",
         found=found,
-        allowed="NumPy array, list, tuple, generator, Arrow table or array, pandas or Polars frame, torch CPU tensor",
+        allowed="NumPy array, list, tuple, range, generator, Arrow table or array, pandas or Polars frame, torch CPU "
+        "tensor, or a path or glob of files",
         do="make it one of these, for example list(x)",
     )

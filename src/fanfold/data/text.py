@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from fanfold.data.failures import Problem
+from fanfold.data.failures import RowProblem
 from fanfold.data.kept import batch_of, compact
 from fanfold.data.records import Decoded, too_long
 from fanfold.data.source import RECORD_COLUMN, Form
@@ -16,6 +16,7 @@ from fanfold.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fanfold.data.failures import Problem
     from fanfold.data.lines import Rules
 
 TEXT_COLUMN = "text"
@@ -47,9 +48,9 @@ class TextDecoder:
                 problems[i] = too_long("text")
             else:
                 try:
-                    text = data.removesuffix(b"\n").removesuffix(b"\r").decode()
-                except UnicodeDecodeError as error:
-                    problems[i] = Problem("BadUtf8", bad_utf8(error))
+                    text = plain_text(data)
+                except RowProblem as error:
+                    problems[i] = error.problem
             texts.append(text)
         kept = texts
         if self.form == "json":
@@ -57,6 +58,14 @@ class TextDecoder:
         schema = self.schema
         arrays = [pa.array(kept, pa.string())] if len(schema) else []
         return Decoded(texts, batch_of(arrays, schema, len(texts)), problems)
+
+
+def plain_text(data: bytes) -> str:
+    """The line without its end. Raises RowProblem (BadUtf8)."""
+    try:
+        return data.removesuffix(b"\n").removesuffix(b"\r").decode()
+    except UnicodeDecodeError as error:
+        raise RowProblem("BadUtf8", bad_utf8(error)) from None
 
 
 def bad_utf8(error: UnicodeDecodeError) -> str:

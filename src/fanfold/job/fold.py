@@ -3,47 +3,41 @@
 from __future__ import annotations
 
 import functools
-import pickle
 import shutil
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
-from fanfold.data.pieces import Pieces, pieces_of
+from fanfold.data.pieces import Pieces, pieces_of, whole_piece
 from fanfold.data.scratch import scratch_folder
-from fanfold.engine._worker import portable
-from fanfold.engine.engine import Assignment, Desk, Failure
+from fanfold.data.streams import StreamRows
 from fanfold.engine.inline import Inline
-from fanfold.engine.schedule import Compute, Schedule
 from fanfold.engine.threads import Threads
-from fanfold.errors import DataError, FanfoldError, PieceFailed, PlanError, cause_line
-from fanfold.events import BatchBegun, Event
+from fanfold.errors import DataError, InputError, PlanError, cause_line
 from fanfold.job import engines
+from fanfold.job.choice import probe, units_of
+from fanfold.job.lending import Lending
+from fanfold.job.piecework import EachRow, PieceWork, ShippedWork, code_of, compute_piece, made
 from fanfold.machine.discover import discover
 from fanfold.machine.threads import held_threads
 from fanfold.merge.gather import Concat
 from fanfold.merge.merge import OrderedFold
 from fanfold.merge.record import Record
-from fanfold.plan.plan import Unit
-from fanfold.planner.carrier import Carrier, Measured, choose_carrier, parse_on
+from fanfold.planner.carrier import Carrier, parse_on
+from fanfold.split.piece import Place
 
 if TYPE_CHECKING:
-    from fanfold.engine.engine import Engine
+    from collections.abc import Callable
 
-_MAX_DEATHS = 2  # of the units that computed one piece
-_PROBE_S = 0.005  # a function that is through sooner is not worth a second unit
-_START_S = 0.15  # worker processes that are not there yet (docs/log.md)
-_WARM_S = 0.02
+    from fanfold.data.pieces import Stock
+
 _FOREVER_S = 1e9  # nobody but the user knows how long a piece may take
-_MAX_KNOWN = 256
-
-_known: dict[Any, tuple[float, float, float]] = {}  # function -> seconds a row, speed-up by threads, bytes a row
+_ROUND_S = 1.0  # of a lazy map: what is computed before results are handed out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +64,19 @@ def fold(f: Any, x: Any, merge: Any, *, pieces: int | None = None, on: str = "au
     unit and its object called. Merges take one value per row, axis 0 the piece's rows, unless told otherwise
     (`Mean(of="pieces")`). A dict of merges gives a dict of results. Pieces depend on the data alone and join in
     a fixed tree, so the bits do not depend on `on`: auto, inline, threads[:N], cpu[:N].
+    `x`: NumPy array, list, tuple, range, iterator (taken piece by piece), Arrow, pandas, Polars, torch tensor; or a
+    path or glob: `.npy` is mapped, Parquet gives Arrow tables, JSONL and CSV lists of dicts, text lists of strings.
     `explain=True` returns a `Folded`: the value, where it was computed, and why there.
-    Raises: PieceFailed where f raises or kills its process; DataError, PlanError.
+    Raises: PieceFailed where f raises or kills its process; DataError, PlanError, InputError.
     """
     if isinstance(merge, Mapping):
         merge = Record(merge)
+    if pieces is None and not explain and (on == "auto" or on == "inline"):
+        view = whole_piece(x)
+        if view is not None:  # one piece: nothing to choose, little to do
+            _check(f, merge)
+            with held_threads(1, verify=False):
+                return merge.finish(compute_piece(made(f), view, merge, Place(0, 0, len(view), 1)))
     folded = _run(f, x, merge, pieces, on)
     return folded if explain else folded.value
 
@@ -82,11 +84,14 @@ def fold(f: Any, x: Any, merge: Any, *, pieces: int | None = None, on: str = "au
 def map(f: Any, x: Any, *, on: str = "auto", each: bool = False, explain: bool = False) -> Any:
     """What f returns for every piece of x, one value per row, in order and of the kind of x.
 
-    `each=True` calls f with single rows, as `Pool.map` does: lists and generators give a list, an array an array.
-    Otherwise as `fold`.
+    `each=True` calls f with single rows, as `Pool.map` does: lists and iterators give a list, an array an array.
+    An iterator gives an iterator otherwise: it is read, and its results come, as far as they are asked for.
+    All else as `fold`.
     """
+    if isinstance(x, Iterator) and not each and not explain:
+        return _lazily(f, x, on)
     whole = (_EachArray() if _is_array(x) else _EachList()) if each else _Rows()
-    folded = _run(_EachRow(f) if each else f, x, whole, None, on)
+    folded = _run(EachRow(f) if each else f, x, whole, None, on)
     return folded if explain else folded.value
 
 
@@ -145,40 +150,6 @@ class _EachArray(_EachList):
         return array
 
 
-# -- the function -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _EachRow:
-    """A function of one row as a function of pieces."""
-
-    f: Any
-
-    def __call__(self, piece: Any) -> list[Any]:
-        return [self.f(row) for row in piece]
-
-
-def _is_loaded(f: Any) -> bool:
-    """Whether f is a class whose objects are called: a model, say, that is loaded once per unit."""
-    return isinstance(f, type) and any("__call__" in vars(kind) for kind in f.__mro__)
-
-
-def _made(f: Any) -> Callable[[Any], Any]:
-    """What a unit calls with pieces: for a class an object of it."""
-    if isinstance(f, _EachRow):
-        return _EachRow(_made(f.f))
-    return f() if _is_loaded(f) else f  # type: ignore[no-any-return]
-
-
-def _code(f: Any) -> Any:
-    """The code that runs when f, or an object of f, is called; None for what is not written in Python."""
-    if isinstance(f, _EachRow):
-        return _code(f.f)
-    if not hasattr(f, "__code__"):
-        f = (f if isinstance(f, type) else type(f)).__call__
-    return getattr(f, "__code__", None)
-
-
 # -- one run ------------------------------------------------------------------------------------------
 
 
@@ -187,44 +158,131 @@ def _run(f: Any, x: Any, merge: Any, num_pieces: int | None, on: str) -> Folded:
     _check(f, merge)
     cores = _cores()
     asked = parse_on(on, cores)
-    if isinstance(x, Iterator | range):
-        if num_pieces is not None and not isinstance(x, range):
-            raise PlanError(
-                f"pieces={num_pieces} of a generator",
-                found="rows whose number is not known",
-                allowed="pieces for data whose length is known",
-                do="leave pieces away, or pass list(x)",
-            )
-        x = list(x)
-    source = pieces_of(x, num_pieces)
-    count = source.cuts.num_pieces
-    here = functools.cache(lambda: _made(f))  # the function in the calling thread, made at most once
     with ExitStack() as stack:
         stack.enter_context(held_threads(1, verify=False))
-        if count <= 1 and (asked is None or asked.kind == "inline"):
-            carrier = asked or Carrier("inline", 1, "inline: the data is one piece")
-            value = merge.finish(_compute(here(), source, merge, 0) if count else merge.empty())
+        stock = _stock(x, num_pieces, stack)
+        done: OrderedFold[Any] = OrderedFold(merge)
+        here = functools.cache(lambda: made(f))  # the function in the calling thread, made at most once
+        first = 0
+        if asked is not None:
+            carrier = asked
+        elif stock.num_known == 1 and not stock.more():
+            carrier = Carrier("inline", 1, "inline: the data is one piece")
         else:
-            done = OrderedFold(merge)
-            carrier, first = (asked, 0) if asked else _probe(f, here, source, merge, done, cores)
-            if first < count:
-                _carry(carrier, here() if carrier.kind == "inline" else f, source, merge, done, first, stack)
-            value = merge.finish(done.part(count))
-    where = carrier.kind if carrier.kind == "inline" else f"{carrier.kind}:{carrier.count}"
+            carrier, first = probe(f, here, stock, merge, done, cores)
+        if first < stock.num_known or stock.more():
+            carry = _carrying(carrier, f, here, stock, merge, stack)
+            carry(Lending(stock, done.add_block, first, num_units=carrier.count, ships=carrier.kind == "cpu"))
+        value = merge.finish(done.part(stock.num_known))
     return Folded(
         value=value,
-        on=where,
+        on=carrier.kind if carrier.kind == "inline" else f"{carrier.kind}:{carrier.count}",
         reason=carrier.reason,
-        num_rows=source.cuts.num_rows,
-        num_pieces=count,
+        num_rows=stock.num_rows,
+        num_pieces=stock.num_known,
         elapsed_s=time.perf_counter() - start_s,
     )
+
+
+def _lazily(f: Any, rows: Iterator[Any], on: str) -> Iterator[Any]:
+    """The rows that f gives for pieces of the rows, in rounds of about a second."""
+    merge = _Rows()
+    _check(f, merge)
+    cores = _cores()
+    asked = parse_on(on, cores)
+    return _rounds(f, rows, merge, asked, cores)
+
+
+def _rounds(f: Any, rows: Iterator[Any], merge: _Rows, asked: Carrier | None, cores: int) -> Iterator[Any]:
+    stock = StreamRows(rows)
+    here = functools.cache(lambda: made(f))
+    with ExitStack() as stack:
+        carrier, first = asked, 0
+        if carrier is None:
+            done: OrderedFold[Any] = OrderedFold(merge)
+            with held_threads(1, verify=False):
+                carrier, first = probe(f, here, stock, merge, done, cores)
+            yield from _in_order(done.blocks())
+        carry = _carrying(carrier, f, here, stock, merge, stack)
+        num_pieces = 2 * carrier.count
+        while first < stock.num_known or stock.more():
+            stop = first + num_pieces
+            while stock.num_known < stop and stock.more():
+                pass
+            blocks: list[tuple[int, int, Any]] = []
+            begun_s = time.perf_counter()
+            with held_threads(1, verify=False):
+                carry(
+                    Lending(
+                        stock,
+                        lambda level, index, part, blocks=blocks: blocks.append((level, index, part)),  # type: ignore[misc]
+                        first,
+                        num_units=carrier.count,
+                        ships=carrier.kind == "cpu",
+                        stop=min(stop, stock.num_known),
+                    )
+                )
+            if time.perf_counter() - begun_s < _ROUND_S:
+                num_pieces *= 2
+            first = min(stop, stock.num_known)
+            yield from _in_order(blocks)
+
+
+def _in_order(blocks: list[tuple[int, int, Any]]) -> Iterator[Any]:
+    for _, _, part in sorted(blocks, key=lambda block: block[1] << block[0]):
+        for rows in part.blocks:
+            yield from rows
+
+
+def _stock(x: Any, num_pieces: int | None, stack: ExitStack) -> Stock:
+    """The data as pieces."""
+    if isinstance(x, range):
+        x = list(x)
+    if isinstance(x, str | Path):
+        if str(x).lower().endswith(".npy"):
+            x = _mapped(str(x))
+        else:
+            from fanfold.data.filepieces import FilePieces
+
+            _refuse_pieces(num_pieces, "files")
+            return FilePieces([str(x)], stack.enter_context(scratch_folder()) / "spool")
+    if isinstance(x, Iterator):
+        _refuse_pieces(num_pieces, "an iterator")
+        return StreamRows(x)
+    return pieces_of(x, num_pieces)
+
+
+def _refuse_pieces(num_pieces: int | None, what: str) -> None:
+    if num_pieces is not None:
+        raise PlanError(
+            f"pieces={num_pieces} of {what}",
+            found="rows whose number is not known",
+            allowed="pieces for data whose length is known",
+            do="leave pieces away, or pass the rows as a list or an array",
+        )
+
+
+def _mapped(path: str) -> Any:
+    """The array of a .npy file, mapped and not read."""
+    import numpy as np
+
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the input {path}",
+            found=cause_line(error),
+            allowed="a .npy file of numbers or strings",
+            do="check the path; save it again with numpy.save",
+        ) from error
 
 
 def _check(f: Any, merge: Any) -> None:
     if not callable(f):
         raise PlanError(f"fold {f!r:.80}", found="not callable", allowed="a function or a class", do="pass a function")
-    if not all(hasattr(merge, name) for name in ("empty", "lift", "join", "finish")) or isinstance(merge, type):
+    if isinstance(merge, type) or not (
+        hasattr(merge, "empty") and hasattr(merge, "lift") and hasattr(merge, "join") and hasattr(merge, "finish")
+    ):
         raise PlanError(
             f"merge by {merge!r:.80}",
             found="no merge",
@@ -238,180 +296,67 @@ def _cores() -> int:
     return discover().cores
 
 
-def _compute(call: Callable[[Any], Any], source: Pieces, merge: Any, piece: int, value: Any = None) -> Any:
-    """The part of one piece; PieceFailed names it, the user's own error is its cause."""
-    rows = source.rows(piece)
-    before = source.version()
-    try:
-        result = call(source.take(piece) if value is None else value)
-    except Exception as error:
-        # the traceback begins in the user's function
-        own = error.__traceback__.tb_next if error.__traceback__ else None
-        raise _failed(source, piece, error) from error.with_traceback(own)
-    if source.version() != before:
-        raise _written(source, piece)
-    try:
-        return merge.lift(result, rows)
-    except FanfoldError as error:
-        raise type(error)(
-            f"{error.asked}, {_name(source, piece)}", found=error.found, allowed=error.allowed, do=error.do
-        ) from None
-
-
-def _name(source: Pieces, piece: int) -> str:
-    start, stop = source.cuts.bounds(piece)
-    return f"piece {piece} of {source.cuts.num_pieces} (rows {start}-{stop - 1})"
-
-
-def _failed(source: Pieces, piece: int, error: BaseException) -> PieceFailed:
-    do = "repair the function, or the rows; the error above is its own"
-    if "read-only" in str(error):
-        do = "change a copy: x = x.copy(); a piece is shared by all units and cannot be written to"
-    return PieceFailed(
-        f"the function over {_name(source, piece)}",
-        found=cause_line(error),
-        allowed="a function that returns for every piece",
-        do=do,
-    )
-
-
-def _written(source: Pieces, piece: int) -> PieceFailed:
-    return PieceFailed(
-        f"the function over {_name(source, piece)}",
-        found="it wrote to the tensor that it was given",
-        allowed="functions that leave their input as it is: other units read it at the same time",
-        do="change a copy: x = x.clone()",
-    )
-
-
-# -- which carrier ------------------------------------------------------------------------------------
-
-
-def _probe(
-    f: Any, here: Callable[[], Any], source: Pieces, merge: Any, done: OrderedFold[Any], cores: int
-) -> tuple[Carrier, int]:
-    """Computes the first pieces, keeps their parts, and chooses; a function known from before is not probed.
-
-    A choice is remembered by the code, so that the same lambda, made again, is known.
-    """
-    count = source.cuts.num_pieces
-    key = _code(f) or (f if isinstance(f, type) else type(f))
-    first = 0
-    if key not in _known:
-        elapsed_s, rows = 0.0, 0
-        while first < count and (first < 2 or elapsed_s < _PROBE_S / 5):
-            begun_s = time.perf_counter()
-            done.add(first, _compute(here(), source, merge, first))
-            took_s = time.perf_counter() - begun_s
-            if first:  # the first call also imports and allocates
-                elapsed_s, rows = elapsed_s + took_s, rows + source.rows(first)
-            first += 1
-        row_s = elapsed_s / max(1, rows)
-        left_s = row_s * source.cuts.rows_from(first)
-        if first == count or left_s < _PROBE_S or cores == 1:
-            return Carrier("inline", 1, f"inline: what is left takes {left_s * 1e3:.2g} ms"), first
-        speedup, first = _two_threads(f, source, merge, done, first, row_s)
-        if len(_known) >= _MAX_KNOWN:
-            _known.clear()
-        _known[key] = (row_s, speedup, _bytes_per_row(source))
-    row_s, speedup, bytes_per_row = _known[key]
-    measured = Measured(
-        row_s=row_s,
-        thread_speedup=speedup,
-        bytes_per_row=bytes_per_row,
-        portable=source.kind != "tensor",
-        start_s=_WARM_S if engines.is_warm() else _START_S,
-    )
-    rows_left = source.cuts.rows_from(first)
-    carrier = choose_carrier(measured, rows_left, cores)
-    if carrier.kind == "cpu" and not _portable(f, source):  # asked only now: pickling may cost more than the job
-        carrier = choose_carrier(replace(measured, portable=False), rows_left, cores)
-    return carrier, first
-
-
-def _two_threads(
-    f: Any, source: Pieces, merge: Any, done: OrderedFold[Any], first: int, row_s: float
-) -> tuple[float, int]:
-    """How much faster two threads are than one, over pieces whose parts are kept."""
-    last = first
-    rows = source.rows(first)
-    while last + 1 < source.cuts.num_pieces and (last == first or (row_s * rows < _PROBE_S and last - first < 63)):
-        last += 1
-        rows += source.rows(last)
-    if last == first:
-        return 1.0, first
-    agenda = _Agenda(source, done, first, last + 1, num_units=2)
-    begun_s = time.perf_counter()
-    Threads(_units("threads", 2)).carry_out(_Work(f=f, source=source, merge=merge), agenda)
-    elapsed_s = time.perf_counter() - begun_s
-    return min(2.0, row_s * rows / max(elapsed_s, 1e-9)), last + 1
-
-
-def _bytes_per_row(source: Pieces) -> float:
-    if source.kind == "array":
-        return float(source.data.nbytes) / max(1, source.cuts.num_rows)
-    try:
-        return 2.0 * len(pickle.dumps(source.take(0), 5)) / max(1, source.rows(0))
-    except Exception:
-        return 0.0
-
-
-def _portable(f: Any, source: Pieces) -> bool:
-    try:
-        cloudpickle.dumps(f)
-        if source.kind in ("list", "tuple"):
-            cloudpickle.dumps(source.take(0))
-    except Exception:
-        return False
-    return True
-
-
 # -- carrying out -------------------------------------------------------------------------------------
 
 
-def _units(kind: str, count: int) -> tuple[Unit, ...]:
-    return tuple(Unit(name=f"{kind}:{index}") for index in range(count))
+def _carrying(
+    carrier: Carrier, f: Any, here: Callable[[], Any], stock: Stock, merge: Any, stack: ExitStack
+) -> Callable[[Lending], None]:
+    """What carries an agenda out there; called again, it finds what it has sent and made."""
+    if carrier.kind == "cpu":
+        return _in_processes(carrier.count, f, stock, merge, stack)
+    if carrier.kind == "inline":
+        _keep_heap()
+        inline, work = Inline(), PieceWork(f=here(), read=stock.read, merge=merge)
+        return lambda agenda: inline.carry_out(work, agenda)
+    threads, work = Threads(units_of("threads", carrier.count)), PieceWork(f=f, read=stock.read, merge=merge)
+    return lambda agenda: threads.carry_out(work, agenda)
 
 
-def _carry(
-    carrier: Carrier, f: Any, source: Pieces, merge: Any, done: OrderedFold[Any], first: int, stack: ExitStack
-) -> None:
-    count = source.cuts.num_pieces
-    agenda = _Agenda(source, done, first, count, num_units=carrier.count)
-    engine: Engine
-    if carrier.kind != "cpu":
-        engine = Inline() if carrier.kind == "inline" else Threads(_units("threads", carrier.count))
-        engine.carry_out(_Work(f=f, source=source, merge=merge), agenda)
-        return
+@functools.cache
+def _keep_heap() -> None:
+    """Once: memory that pieces need over and over stays with this process, up to 8 MB.
+
+    glibc gives the main thread's memory back when 128 KiB are free at its end, and takes it again for the next piece;
+    a block of 4 MB that was mapped and freed raises that limit (mallopt(3), M_TRIM_THRESHOLD).
+    """
+    import numpy as np
+
+    np.empty(4 << 20, np.uint8)
+
+
+def _in_processes(num_units: int, f: Any, stock: Stock, merge: Any, stack: ExitStack) -> Callable[[Lending], None]:
     try:
         body = cloudpickle.dumps((f, merge))
     except Exception as error:
         raise PlanError(
-            f"on=cpu:{carrier.count}",
+            f"on=cpu:{num_units}",
             found=f"a function that cannot be sent to another process: {cause_line(error)}",
             allowed="functions and data that can be pickled",
             do="open files, locks and connections inside the function, or use on='threads'",
         ) from error
-    if source.kind == "array":
-        folder = stack.enter_context(scratch_folder(_room(source.data.nbytes)))
-        sent = source.mapped(folder / "array")
-    else:
-        sent = replace(source, data=None)
-        agenda.ships = True
-    stack.enter_context(engines.hold())
-    local = engines.engine_for("local", imports=("fanfold.job.fold", "numpy"), threads=1)
-    assert not isinstance(local, Inline)
-    local.resize(_units("cpu", carrier.count))
-    local.limit(memory_bytes=None, timeout_batch_s=_FOREVER_S)
-    try:
-        local.carry_out(
-            _Shipped(
-                body=body, source=sent, token=time.monotonic_ns(), file=getattr(_code(f), "co_filename", "<unknown>")
-            ),
-            agenda,
-        )
-    finally:
-        engines.touch()
+    num_bytes = stock.data.nbytes if isinstance(stock, Pieces) and stock.kind in ("array", "tensor") else 0
+    folder = stack.enter_context(scratch_folder(_room(num_bytes))) if num_bytes else Path()
+    work = ShippedWork(
+        body=body,
+        source=stock.sent(folder / "array"),
+        token=time.monotonic_ns(),
+        file=getattr(code_of(f), "co_filename", "<unknown>"),
+    )
+    imports = ("fanfold.job.piecework", "numpy", *(["torch"] if stock.kind == "tensor" else []))
+
+    def carry(agenda: Lending) -> None:
+        with engines.hold():
+            local = engines.engine_for("local", imports=imports, threads=1)
+            assert not isinstance(local, Inline)
+            local.resize(units_of("cpu", num_units))
+            local.limit(memory_bytes=None, timeout_batch_s=_FOREVER_S)
+            try:
+                local.carry_out(work, agenda)
+            finally:
+                engines.touch()
+
+    return carry
 
 
 def _room(num_bytes: int) -> Path | None:
@@ -421,169 +366,3 @@ def _room(num_bytes: int) -> Path | None:
         return shared if shutil.disk_usage(shared).free > 2 * num_bytes else None
     except OSError:
         return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    """Leases of pieces on a unit: f over each piece, parts joined as far as the fixed tree allows."""
-
-    f: Any
-    source: Pieces
-    merge: Any
-    imports: tuple[str, ...] = ()
-    threads: int = 1
-
-    def carry_out(self, assignment: Assignment, desk: Desk) -> Any:
-        lease = assignment.instruction
-        assert isinstance(lease, Compute)
-        if "fold call" not in desk.cache:
-            desk.cache["fold call"] = _made(self.f)
-        call = desk.cache["fold call"]
-        values: Sequence[Any] | None = assignment.detail
-        parts: OrderedFold[Any] = OrderedFold(self.merge)
-        begun_s = time.perf_counter()
-        last = lease.first
-        for last in range(lease.first, lease.last + 1):
-            desk.at(last, 0)
-            value = None if values is None else values[last - lease.first]
-            parts.add(last, _compute(call, self.source, self.merge, last, value))
-            if desk.stopping():
-                break
-        return last, parts.blocks(), time.perf_counter() - begun_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shipped:
-    """_Work as it travels to a process: opened there once."""
-
-    body: bytes
-    source: Pieces
-    token: int
-    file: str  # where the function was written
-    imports: tuple[str, ...] = ()
-    threads: int = 1
-
-    def carry_out(self, assignment: Assignment, desk: Desk) -> Any:
-        if desk.cache.get("fold token") != self.token:
-            f, merge = pickle.loads(self.body)
-            work = _Work(f=f, source=self.source.opened(), merge=merge)
-            desk.cache.pop("fold call", None)  # of the call before
-            desk.cache.update({"fold token": self.token, "fold work": work})
-        if assignment.detail is not None:
-            assignment = replace(assignment, detail=pickle.loads(assignment.detail))
-        try:
-            return desk.cache["fold work"].carry_out(assignment, desk)
-        except FanfoldError as error:
-            cause = error.__cause__
-            return _Broken(error, portable(cause) if cause else None, _shown(cause, self.file))
-
-
-def _shown(error: BaseException | None, file: str) -> str:
-    """The traceback in words. Code that travelled by value has lost its file: it is the function's own."""
-    if error is None:
-        return ""
-    frames = [
-        traceback.FrameSummary(file if frame.filename.startswith("<") else frame.filename, frame.lineno, frame.name)
-        for frame in traceback.extract_tb(error.__traceback__)
-    ]
-    lines = ["Traceback (most recent call last):\n", *traceback.format_list(frames)]
-    return "".join([*lines, *traceback.format_exception_only(error)])
-
-
-@dataclass(frozen=True, slots=True)
-class _Broken:
-    """A failure on its way to the parent: the error, the user's own, and where that was raised."""
-
-    error: FanfoldError
-    cause: BaseException | None
-    traceback: str
-
-
-class _RemoteTraceback(Exception):
-    """Where an error was raised in another process, in words; printed above the error."""
-
-    def __str__(self) -> str:
-        return "\n" + str(self.args[0])
-
-
-@dataclass
-class _Agenda:
-    """Pieces first..stop - 1 of the source as one window; parts go to `done`."""
-
-    source: Pieces
-    done_parts: OrderedFold[Any]
-    first: int
-    stop: int
-    num_units: int
-    ships: bool = False  # the pieces travel with the lease
-    at: dict[str, int] = field(default_factory=dict)  # unit -> the piece that it is at
-    deaths: dict[int, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.schedule = Schedule(num_units=self.num_units)
-        costs = [max(1, self.source.rows(piece)) for piece in range(self.stop)]
-        self.schedule.window_known(0, costs, [(0, self.first - 1)] if self.first else ())
-        self.schedule.input_ended(1)
-        self._num_left = self.stop - self.first
-
-    def next_for(self, unit: Unit) -> Assignment | None:
-        instruction = self.schedule.next_for(unit.name) if self._num_left else None
-        if not isinstance(instruction, Compute):
-            return None
-        if not self.ships:
-            return Assignment(instruction)
-        values = [self.source.take(piece) for piece in range(instruction.first, instruction.last + 1)]
-        try:
-            return Assignment(instruction, cloudpickle.dumps(values))
-        except Exception as error:
-            raise PlanError(
-                "on=cpu",
-                found=f"rows that cannot be sent to another process: {cause_line(error)}",
-                allowed="data that can be pickled",
-                do="use on='threads', or pass what the rows are made from",
-            ) from error
-
-    @property
-    def done(self) -> bool:
-        return not self._num_left
-
-    @property
-    def stopping(self) -> bool:
-        return False
-
-    def finished(self, results: Sequence[tuple[Unit, Assignment, Any]]) -> None:
-        for unit, assignment, result in results:
-            lease = assignment.instruction
-            assert isinstance(lease, Compute)
-            if isinstance(result, _Broken):
-                cause = result.cause
-                if cause is not None:
-                    cause.__cause__ = _RemoteTraceback(result.traceback)
-                raise result.error from cause
-            last, blocks, elapsed_s = result
-            if self.schedule.computed(unit.name, lease, last, elapsed_s):
-                self._num_left -= last + 1 - lease.first
-                for level, index, part in blocks:
-                    self.done_parts.add_block(level, index, part)
-
-    def failed(self, unit: Unit, assignment: Assignment, failure: Failure) -> None:
-        raise failure.error
-
-    def lost(self, unit: Unit, assignment: Assignment | None, cause: str) -> None:
-        self.schedule.gave_up(unit.name)
-        piece = self.at.pop(unit.name, None)
-        if assignment is None or piece is None:
-            return
-        self.deaths[piece] = self.deaths.get(piece, 0) + 1
-        if self.deaths[piece] >= _MAX_DEATHS:
-            raise PieceFailed(
-                f"the function over {_name(self.source, piece)}",
-                found=f"{self.deaths[piece]} processes died computing it; the last: {cause}",
-                allowed="a function that returns",
-                do="run the piece alone with on='inline' under a debugger, or give it less data",
-            )
-        self.schedule.isolate(0, piece)
-
-    def tell(self, event: Event) -> None:
-        if isinstance(event, BatchBegun):
-            self.at[event.unit] = event.piece

@@ -270,7 +270,9 @@ def _sum_rows(values: Any) -> SumPart:
 def _is_line(values: Any, rows: int) -> bool:
     """Whether this is a NumPy array [rows] of float64, rows > 0: what most functions give."""
     np = sys.modules.get("numpy")
-    return np is not None and type(values) is np.ndarray and values.dtype.char == "d" and values.shape == (rows,) != (0,)
+    return (
+        np is not None and type(values) is np.ndarray and values.dtype.char == "d" and values.shape == (rows,) != (0,)
+    )
 
 
 def _sum_line(values: Any) -> SumPart:

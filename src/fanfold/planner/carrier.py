@@ -52,7 +52,7 @@ def parse_on(text: str, cores: int) -> Carrier | None:
     return Carrier(found[1], count, "as asked")
 
 
-def choose_carrier(measured: Measured, rows_left: int, cores: int) -> Carrier:
+def choose_carrier(measured: Measured, rows_left: float, cores: int) -> Carrier:
     """The carrier with the shortest predicted time; the simplest one where others gain less than a tenth."""
     alone_s = measured.row_s * rows_left
     serial = min(1.0, max(0.0, 2 / max(measured.thread_speedup, 0.5) - 1))

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fanfold.errors import PlanError
 
 PIECE_ROWS = 32_768
 PIECE_BYTES = 256 * 1024  # what a core's own cache holds beside the temporaries of a function
 _LIST_PIECES = 1024  # a long list is cut into about so many pieces: its rows may be costly
+_GROWTH = 256  # a piece of a stream has one row for so many before it
+
+
+class Place(NamedTuple):
+    """Where a piece stands: its number, its first row and the first behind it, and how many pieces there are."""
+
+    piece: int
+    start: int
+    stop: int
+    num_pieces: int | None = None  # None: not known
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        of = "" if self.num_pieces is None else f" of {self.num_pieces}"
+        return f"piece {self.piece}{of} (rows {self.start}-{self.stop - 1})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +74,11 @@ def cut_list(num_rows: int) -> Cuts:
 
 def _cut(num_rows: int, piece_rows: int) -> Cuts:
     return Cuts(num_rows, -(-num_rows // piece_rows), piece_rows)
+
+
+def grown(num_rows_before: int, step: int = 1) -> int:
+    """Rows of the next piece of data whose length is not known: more as there are more before, in steps.
+
+    Of n rows about 256 (1 + ln(n / 256)) pieces are made, none of more than 32,768 rows.
+    """
+    return max(step, min(PIECE_ROWS, num_rows_before // _GROWTH) // step * step)

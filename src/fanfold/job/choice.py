@@ -1,0 +1,132 @@
+"""Where a function over pieces runs: asked for, or chosen from what its first pieces have shown."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+
+from fanfold.engine.threads import Threads
+from fanfold.job import engines
+from fanfold.job.lending import Lending
+from fanfold.job.piecework import PieceWork, code_of, compute_piece
+from fanfold.plan.plan import Unit
+from fanfold.planner.carrier import Carrier, Measured, choose_carrier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fanfold.data.pieces import Stock
+    from fanfold.merge.merge import OrderedFold
+
+_PROBE_S = 0.005  # a function that is through sooner is not worth a second unit
+_START_S = 0.15  # worker processes that are not there yet (docs/log.md)
+_WARM_S = 0.02
+_MAX_KNOWN = 256
+
+_known: dict[Any, tuple[float, float, float]] = {}  # function and data -> seconds a row, speed-up, bytes a row
+
+
+def probe(
+    f: Any, here: Callable[[], Any], stock: Stock, merge: Any, done: OrderedFold[Any], cores: int
+) -> tuple[Carrier, int]:
+    """Computes the first pieces, keeps their parts, and chooses; what is known from before is not probed.
+
+    The carrier, and the first piece that is left. A choice is remembered by the code and the kind of rows, so that
+    the same lambda, made again, is known.
+    """
+    key = (code_of(f) or (f if isinstance(f, type) else type(f)), *_rows_like(stock))
+    first = 0
+    if key not in _known:
+        elapsed_s, rows = 0.0, 0
+        while (first < 2 or elapsed_s < _PROBE_S / 5) and _there(stock, first):
+            begun_s = time.perf_counter()
+            place = stock.place(first)
+            done.add(first, compute_piece(here(), stock.read(first, stock.lent(first, False)), merge, place))
+            stock.forget(first, first)
+            took_s = time.perf_counter() - begun_s
+            if first:  # the first call also imports and allocates
+                elapsed_s, rows = elapsed_s + took_s, rows + place.rows
+            first += 1
+        row_s = elapsed_s / max(1, rows)
+        there = _there(stock, first)
+        left_s = row_s * stock.rows_left(first) if there else 0.0
+        if left_s < _PROBE_S or cores == 1:
+            return Carrier("inline", 1, f"inline: what is left takes {left_s * 1e3:.2g} ms"), first
+        bytes_per_row = _bytes_per_row(stock, first)
+        speedup, first = _two_threads(f, stock, merge, done, first, row_s)
+        if len(_known) >= _MAX_KNOWN:
+            _known.clear()
+        _known[key] = (row_s, speedup, bytes_per_row)
+    if not _there(stock, first):
+        return Carrier("inline", 1, "inline: nothing is left"), first
+    row_s, speedup, bytes_per_row = _known[key]
+    measured = Measured(
+        row_s=row_s,
+        thread_speedup=speedup,
+        bytes_per_row=bytes_per_row,
+        portable=True,
+        start_s=_WARM_S if engines.is_warm() else _START_S,
+    )
+    rows_left = stock.rows_left(first)
+    carrier = choose_carrier(measured, rows_left, cores)
+    if carrier.kind == "cpu" and not _portable(f, stock, first):  # asked only now: it may cost more than the job
+        carrier = choose_carrier(replace(measured, portable=False), rows_left, cores)
+    return carrier, first
+
+
+def _there(stock: Stock, piece: int) -> bool:
+    return piece < stock.num_known or stock.more()
+
+
+def _rows_like(stock: Stock) -> tuple[Any, ...]:
+    data = getattr(stock, "data", None)
+    return stock.kind, str(getattr(data, "dtype", "")), tuple(getattr(data, "shape", ())[1:])
+
+
+def _two_threads(
+    f: Any, stock: Stock, merge: Any, done: OrderedFold[Any], first: int, row_s: float
+) -> tuple[float, int]:
+    """How much faster two threads are than one, over pieces whose parts are kept."""
+    last, rows = first, 0
+    while _there(stock, last) and (last - first < 2 or (row_s * rows < _PROBE_S and last - first < 64)):
+        rows += stock.place(last).rows
+        last += 1
+    if last - first < 2:
+        return 1.0, first
+    agenda = Lending(stock, done.add_block, first, num_units=2, stop=last)
+    begun_s = time.perf_counter()
+    Threads(units_of("threads", 2)).carry_out(PieceWork(f=f, read=stock.read, merge=merge), agenda)
+    elapsed_s = time.perf_counter() - begun_s
+    return min(2.0, row_s * rows / max(elapsed_s, 1e-9)), last
+
+
+def units_of(kind: str, count: int) -> tuple[Unit, ...]:
+    """Units by name: threads:0, threads:1, ..."""
+    return tuple(Unit(name=f"{kind}:{index}") for index in range(count))
+
+
+def _bytes_per_row(stock: Stock, piece: int) -> float:
+    """That would cross a pipe, both ways; an array is written to memory that processes share."""
+    data = getattr(stock, "data", None)
+    if stock.kind in ("array", "tensor") and data is not None:
+        return float(data.nbytes) / max(1, stock.num_rows)
+    lent = stock.lent(piece, True)
+    try:
+        size_bytes = len(pickle.dumps(stock.read(piece, None) if lent is None else lent, 5))
+        return 2.0 * size_bytes / max(1, stock.place(piece).rows)
+    except Exception:
+        return 0.0
+
+
+def _portable(f: Any, stock: Stock, piece: int) -> bool:
+    try:
+        cloudpickle.dumps(f)
+        if stock.kind in ("list", "tuple", "stream"):
+            cloudpickle.dumps(stock.lent(piece, True))
+    except Exception:
+        return False
+    return True

@@ -1,0 +1,133 @@
+"""The agenda of `fold`: lends pieces of a stock to units and takes parts back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+
+from fanfold.engine.engine import Assignment
+from fanfold.engine.schedule import Compute, Schedule
+from fanfold.errors import PieceFailed, PlanError, cause_line
+from fanfold.events import BatchBegun, Event
+from fanfold.job.piecework import Broken, Lent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from fanfold.data.pieces import Stock
+    from fanfold.engine.engine import Failure
+    from fanfold.plan.plan import Unit
+
+_MAX_DEATHS = 2  # of the units that computed one piece
+_ONE_PART = 1 << 60  # windows: parts are a job's matter, nothing is assembled here
+
+
+@dataclass
+class Lending:
+    """Pieces from `first` on, up to `stop` (None: all there are), as windows of a schedule; blocks go to `take`."""
+
+    stock: Stock
+    take: Callable[[int, int, Any], None]
+    first: int
+    num_units: int
+    stop: int | None = None
+    ships: bool = False  # to other processes
+    _at: dict[str, int] = field(default_factory=dict)  # unit -> the piece that it is at
+    _deaths: dict[int, int] = field(default_factory=dict)
+    _firsts: dict[int, int] = field(default_factory=dict)  # open window -> its first piece
+    _num_left: int = 0
+    _num_windows: int = 0
+    _ended: bool = False
+
+    def __post_init__(self) -> None:
+        self._schedule = Schedule(num_units=self.num_units, windows_per_part=_ONE_PART)
+        self._next = self.first  # the first piece that stands in no window yet
+
+    def _look_further(self) -> bool:
+        """Makes a window of pieces that are known now, or of the next ones found."""
+        if self._ended:
+            return False
+        while True:
+            known = self.stock.num_known if self.stop is None else min(self.stop, self.stock.num_known)
+            if self._next < known:
+                break
+            if known == self.stop or not self.stock.more():
+                self._ended = True
+                return False
+        costs = [max(1, self.stock.place(piece).rows) for piece in range(self._next, known)]
+        self._firsts[self._num_windows] = self._next
+        self._schedule.window_known(self._num_windows, costs, ())
+        self._num_windows += 1
+        self._num_left += known - self._next
+        self._next = known
+        return True
+
+    def next_for(self, unit: Unit) -> Assignment | None:
+        instruction = self._schedule.next_for(unit.name)
+        if instruction is None and self._look_further():
+            instruction = self._schedule.next_for(unit.name)
+        if not isinstance(instruction, Compute):
+            return None
+        first = self._firsts[instruction.window] + instruction.first
+        pieces = range(first, first + instruction.last + 1 - instruction.first)
+        items: Sequence[Any] | bytes = [self.stock.lent(piece, self.ships) for piece in pieces]
+        if self.ships:
+            try:
+                items = cloudpickle.dumps(items)
+            except Exception as error:
+                raise PlanError(
+                    "on=cpu",
+                    found=f"rows that cannot be sent to another process: {cause_line(error)}",
+                    allowed="data that can be pickled",
+                    do="use on='threads', or pass what the rows are made from",
+                ) from error
+        return Assignment(instruction, Lent(tuple(map(self.stock.place, pieces)), items))
+
+    @property
+    def done(self) -> bool:
+        return not self._num_left and not self._look_further()
+
+    @property
+    def stopping(self) -> bool:
+        return False
+
+    def finished(self, results: Sequence[tuple[Unit, Assignment, Any]]) -> None:
+        for unit, assignment, result in results:
+            lease = assignment.instruction
+            assert isinstance(lease, Compute)
+            if isinstance(result, Broken):
+                raise result.raised()
+            last, blocks, elapsed_s = result
+            if self._schedule.computed(unit.name, lease, last, elapsed_s):
+                self._num_left -= last + 1 - lease.first
+                first = self._firsts[lease.window]
+                self.stock.forget(first + lease.first, first + last)
+                for level, index, part in blocks:
+                    self.take(level, index, part)
+
+    def failed(self, unit: Unit, assignment: Assignment, failure: Failure) -> None:
+        raise failure.error
+
+    def lost(self, unit: Unit, assignment: Assignment | None, cause: str) -> None:
+        self._schedule.gave_up(unit.name)
+        at = self._at.pop(unit.name, None)
+        if assignment is None or at is None:
+            return
+        lease = assignment.instruction
+        assert isinstance(lease, Compute)
+        piece = self._firsts[lease.window] + at
+        self._deaths[piece] = self._deaths.get(piece, 0) + 1
+        if self._deaths[piece] >= _MAX_DEATHS:
+            raise PieceFailed(
+                f"the function over {self.stock.place(piece)}",
+                found=f"{self._deaths[piece]} processes died computing it; the last: {cause}",
+                allowed="a function that returns",
+                do="run the piece alone with on='inline' under a debugger, or give it less data",
+            )
+        self._schedule.isolate(lease.window, at)
+
+    def tell(self, event: Event) -> None:
+        if isinstance(event, BatchBegun):
+            self._at[event.unit] = event.piece
