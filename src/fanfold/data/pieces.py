@@ -91,7 +91,7 @@ class Pieces:
         start, stop = self.cuts.bounds(piece)
         if self.kind == "array":
             view = self.data[start:stop]
-            view.flags.writeable = False
+            view.setflags(write=False)
             return view
         if self.kind == "arrow" or self.kind == "polars":
             return self.data.slice(start, stop - start)
@@ -177,12 +177,12 @@ def pieces_of(x: Any, pieces: int | None) -> Pieces:
 def whole_piece(x: Any) -> Any:
     """A read-only view of a NumPy array that makes up one piece; None for all else."""
     np = sys.modules.get("numpy")
-    if np is None or type(x) is not np.ndarray or not x.ndim or x.dtype.hasobject:
+    if np is None or type(x) is not np.ndarray or not x.shape or not 0 < len(x) <= PIECE_ROWS:
         return None
-    if not 0 < len(x) <= PIECE_ROWS or (x.nbytes > PIECE_BYTES and len(x) > 1):
+    if (x.nbytes > PIECE_BYTES and len(x) > 1) or x.dtype.hasobject:
         return None
     view = x[:]
-    view.flags.writeable = False
+    view.setflags(write=False)
     return view
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _FOREVER_S = 1e9  # nobody but the user knows how long a piece may take
 _ROUND_S = 1.0  # of a lazy map: what is computed before results are handed out
+_one_thread = held_threads(1, verify=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +70,11 @@ def fold(f: Any, x: Any, merge: Any, *, pieces: int | None = None, on: str = "au
     `explain=True` returns a `Folded`: the value, where it was computed, and why there.
     Raises: PieceFailed where f raises or kills its process; DataError, PlanError, InputError.
     """
-    if isinstance(merge, Mapping):
-        merge = Record(merge)
+    merge = _checked(f, merge)
     if pieces is None and not explain and (on == "auto" or on == "inline"):
         view = whole_piece(x)
         if view is not None:  # one piece: nothing to choose, little to do
-            _check(f, merge)
-            with held_threads(1, verify=False):
+            with _one_thread:
                 return merge.finish(compute_piece(made(f), view, merge, Place(0, 0, len(view), 1)))
     folded = _run(f, x, merge, pieces, on)
     return folded if explain else folded.value
@@ -90,7 +89,7 @@ def map(f: Any, x: Any, *, on: str = "auto", each: bool = False, explain: bool =
     """
     if isinstance(x, Iterator) and not each and not explain:
         return _lazily(f, x, on)
-    whole = (_EachArray() if _is_array(x) else _EachList()) if each else _Rows()
+    whole = _checked(f, (_EachArray() if _is_array(x) else _EachList()) if each else _Rows())
     folded = _run(EachRow(f) if each else f, x, whole, None, on)
     return folded if explain else folded.value
 
@@ -155,11 +154,10 @@ class _EachArray(_EachList):
 
 def _run(f: Any, x: Any, merge: Any, num_pieces: int | None, on: str) -> Folded:
     start_s = time.perf_counter()
-    _check(f, merge)
     cores = _cores()
     asked = parse_on(on, cores)
     with ExitStack() as stack:
-        stack.enter_context(held_threads(1, verify=False))
+        stack.enter_context(_one_thread)
         stock = _stock(x, num_pieces, stack)
         done: OrderedFold[Any] = OrderedFold(merge)
         here = functools.cache(lambda: made(f))  # the function in the calling thread, made at most once
@@ -186,11 +184,8 @@ def _run(f: Any, x: Any, merge: Any, num_pieces: int | None, on: str) -> Folded:
 
 def _lazily(f: Any, rows: Iterator[Any], on: str) -> Iterator[Any]:
     """The rows that f gives for pieces of the rows, in rounds of about a second."""
-    merge = _Rows()
-    _check(f, merge)
     cores = _cores()
-    asked = parse_on(on, cores)
-    return _rounds(f, rows, merge, asked, cores)
+    return _rounds(f, rows, _checked(f, _Rows()), parse_on(on, cores), cores)
 
 
 def _rounds(f: Any, rows: Iterator[Any], merge: _Rows, asked: Carrier | None, cores: int) -> Iterator[Any]:
@@ -200,7 +195,7 @@ def _rounds(f: Any, rows: Iterator[Any], merge: _Rows, asked: Carrier | None, co
         carrier, first = asked, 0
         if carrier is None:
             done: OrderedFold[Any] = OrderedFold(merge)
-            with held_threads(1, verify=False):
+            with _one_thread:
                 carrier, first = probe(f, here, stock, merge, done, cores)
             yield from _in_order(done.blocks())
         carry = _carrying(carrier, f, here, stock, merge, stack)
@@ -211,7 +206,7 @@ def _rounds(f: Any, rows: Iterator[Any], merge: _Rows, asked: Carrier | None, co
                 pass
             blocks: list[tuple[int, int, Any]] = []
             begun_s = time.perf_counter()
-            with held_threads(1, verify=False):
+            with _one_thread:
                 carry(
                     Lending(
                         stock,
@@ -277,18 +272,20 @@ def _mapped(path: str) -> Any:
         ) from error
 
 
-def _check(f: Any, merge: Any) -> None:
+def _checked(f: Any, merge: Any) -> Any:
+    """The merge, of a dict the record of merges. Raises PlanError for what is no function or no merge."""
     if not callable(f):
         raise PlanError(f"fold {f!r:.80}", found="not callable", allowed="a function or a class", do="pass a function")
-    if isinstance(merge, type) or not (
-        hasattr(merge, "empty") and hasattr(merge, "lift") and hasattr(merge, "join") and hasattr(merge, "finish")
-    ):
-        raise PlanError(
-            f"merge by {merge!r:.80}",
-            found="no merge",
-            allowed="an object with empty, lift, join and finish, or a dict of them",
-            do="pass for example ff.Mean()",
-        )
+    if hasattr(merge, "lift") and hasattr(merge, "join") and hasattr(merge, "finish") and not isinstance(merge, type):
+        return merge
+    if isinstance(merge, Mapping):
+        return Record({name: _checked(f, own) for name, own in merge.items()})
+    raise PlanError(
+        f"merge by {merge!r:.80}",
+        found="no merge",
+        allowed="an object with empty, lift, join and finish, or a dict of them",
+        do="pass for example ff.Mean()",
+    )
 
 
 @functools.cache

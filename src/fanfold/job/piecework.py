@@ -118,7 +118,7 @@ class PieceWork:
         last = lease.first
         for last, place, item in zip(range(lease.first, lease.last + 1), lent.places, lent.items, strict=True):
             desk.at(last, 0)
-            parts.add(place.piece, compute_piece(call, self.read(place.piece, item), self.merge, place))
+            parts.add_block(0, place.piece, compute_piece(call, self.read(place.piece, item), self.merge, place))
             if desk.stopping():
                 break
         return last, parts.blocks(), time.perf_counter() - begun_s

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import threading
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import InternalError
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _lock = threading.Lock()
 _num_holders = 0
-_undo: list[Callable[[], Any]] = []  # what the last holder to leave does
-_found: tuple[int, Any] | None = None
+_undo: list[tuple[Callable[[int], Any], int]] = []  # what the last holder to leave calls, and with what
+_found: tuple[int, list[tuple[Callable[[], int], Callable[[int], Any]]]] | None = None
 
 
 def hold_threads(num_threads: int) -> None:
@@ -57,9 +57,9 @@ class held_threads:
     def __enter__(self) -> None:
         global _num_holders
         with _lock:
-            _num_holders += 1
-            if _num_holders == 1:
+            if not _num_holders:
                 _limit(self.num_threads)
+            _num_holders += 1
         if self.verify:
             try:
                 hold_threads(self.num_threads)
@@ -73,21 +73,29 @@ class held_threads:
             _num_holders -= 1
             if not _num_holders:
                 while _undo:
-                    _undo.pop()()
+                    put_back, before = _undo.pop()
+                    put_back(before)
 
 
 def _limit(num_threads: int) -> None:
     """Every pool of this process runs so many threads; what it ran before goes to `_undo`."""
     torch = sys.modules.get("torch")
-    # where torch comes while threads are held, it gets what it begins with
-    _undo.append(functools.partial(_set_torch, torch.get_num_threads() if torch else os.cpu_count() or 1))
-    if torch is not None:
+    if torch is None:
+        _undo.append((_free_torch, 0))
+    else:
+        _undo.append((torch.set_num_threads, torch.get_num_threads()))
         torch.set_num_threads(num_threads)
-    for pool in _pools().lib_controllers:
-        before = pool.get_num_threads()
+    for get, put in _doors():
+        before = get()
         if before != num_threads:
-            _undo.append(functools.partial(pool.set_num_threads, before))
-            pool.set_num_threads(num_threads)
+            _undo.append((put, before))
+            put(num_threads)
+
+
+def _free_torch(_: int) -> None:
+    """Where torch came while threads were held, it gets what it begins with."""
+    if "torch" in sys.modules:
+        _set_torch(os.cpu_count() or 1)
 
 
 def _set_torch(num_threads: int) -> None:
@@ -97,15 +105,26 @@ def _set_torch(num_threads: int) -> None:
         torch.set_num_threads(num_threads)
 
 
-def _pools() -> Any:
-    """The thread pools of this process; looked for again only after something was imported."""
+def _doors() -> list[tuple[Callable[[], int], Callable[[int], Any]]]:
+    """How each pool of this process is asked and told; looked for again only after something was imported."""
     global _found
-    import threadpoolctl
-
     num_modules = len(sys.modules)
     if _found is None or _found[0] != num_modules:
-        _found = (num_modules, threadpoolctl.ThreadpoolController())
+        import threadpoolctl
+
+        _found = (num_modules, [_door(pool) for pool in threadpoolctl.ThreadpoolController().lib_controllers])
     return _found[1]
+
+
+def _door(pool: Any) -> tuple[Callable[[], int], Callable[[int], Any]]:
+    """OpenBLAS is asked itself: threadpoolctl obeys only the thread that asked first, and says nothing to others."""
+    if pool.internal_api == "openblas":
+        for prefix, suffix in product(("", "scipy_"), ("", "64_", "_64")):
+            get = getattr(pool.dynlib, f"{prefix}openblas_get_num_threads{suffix}", None)
+            put = getattr(pool.dynlib, f"{prefix}openblas_set_num_threads{suffix}", None)
+            if get and put:
+                return get, put
+    return pool.get_num_threads, pool.set_num_threads
 
 
 def _over(num_threads: int) -> list[str]:

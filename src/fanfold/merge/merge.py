@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Part = TypeVar("Part")
 Result_co = TypeVar("Result_co", covariant=True)
+_NOTHING: Any = object()
 
 
 class Merge(Protocol[Part, Result_co]):
@@ -94,11 +95,11 @@ class OrderedFold(Generic[Part]):
 
     def add_block(self, level: int, index: int, part: Part) -> None:
         """Takes the part of pieces [index * 2^level, (index + 1) * 2^level), joined in the fixed tree."""
-        while (level, index ^ 1) in self._waiting:
-            neighbour = self._waiting.pop((level, index ^ 1))
-            part = self._merge.join(neighbour, part) if index & 1 else self._merge.join(part, neighbour)
+        waiting, join = self._waiting, self._merge.join
+        while (neighbour := waiting.pop((level, index ^ 1), _NOTHING)) is not _NOTHING:
+            part = join(neighbour, part) if index & 1 else join(part, neighbour)
             level, index = level + 1, index >> 1
-        self._waiting[level, index] = part
+        waiting[level, index] = part
         self._num_levels = max(self._num_levels, level + 1)
 
     def part(self, num_pieces: int) -> Part:

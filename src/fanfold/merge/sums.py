@@ -34,7 +34,6 @@ from fanfold.errors import DataError, PlanError
 from fanfold.merge.rows import per_row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
 _BLOCK_ROWS = 32_768
@@ -101,10 +100,14 @@ class Sum:
 
     def join(self, left: SumPart, right: SumPart) -> SumPart:
         """Both sums. Raises DataError if shape or dtype differ, or if an int64 array would overflow."""
-        a, b = left.total, right.total
+        (a, left_carry), (b, right_carry) = left, right
         if type(a) is float and type(b) is float:
-            total, error = _two_sum(a, b)
-            return SumPart(total, left.carry + right.carry + error)
+            total = a + b
+            moved = total - a
+            error = (a - (total - moved)) + (b - moved)
+            return SumPart(total, left_carry + right_carry + error if error - error == 0 else left_carry + right_carry)
+        if type(a) is int and type(b) is int:
+            return SumPart(a + b)
         if a is None or b is None:
             return right if a is None else left
         _check_alike(a, b)
@@ -194,7 +197,8 @@ class Mean:
 
     def join(self, left: MeanPart, right: MeanPart) -> MeanPart:
         """Both sums and both weights. Raises DataError if shape or dtype differ."""
-        return MeanPart(_SUM.join(left.total, right.total), _SUM.join(left.weight, right.weight))
+        (a, left_weight), (b, right_weight) = left, right
+        return MeanPart(_SUM.join(a, b), _SUM.join(left_weight, right_weight))
 
     def finish(self, part: MeanPart) -> Any:
         """The mean. Raises DataError for no weight at all: nothing has no mean."""
@@ -286,33 +290,24 @@ def _sum_line(values: Any) -> SumPart:
         for start in range(0, num_rows, _BLOCK_ROWS):
             part = _SUM.join(part, _sum_line(values[start : start + _BLOCK_ROWS]))
         return part
-    squares = _squares()(values)
+    np = sys.modules["numpy"]
+    squares = float(np.vdot(values, values))  # unlike dot, it warns of no overflow
     if not _SMALL < squares < _LARGE:  # NaN too
         total, carry = _sum_float_rows(values)
         return SumPart(float(total), float(carry))
     sigma = math.ldexp(4.0, (math.frexp(squares * num_rows)[1] + 1) // 2)
-    ones = _ones() if num_rows == _BLOCK_ROWS else _ones()[:num_rows]
+    ones = _ones()[:num_rows]
     leading = values + sigma
     leading -= sigma
-    total = leading.dot(ones)
+    total = float(leading.dot(ones))
     leading -= values
-    return SumPart(float(total), -float(leading.dot(ones)))
-
-
-@functools.cache
-def _squares() -> Callable[[Any], float]:
-    """The sum of squares; beyond the largest float it is infinite, and nobody is warned."""
-    import numpy as np
-
-    return np.errstate(over="ignore")(lambda values: float(values.dot(values)))
+    return SumPart(total, -float(leading.dot(ones)))
 
 
 @functools.cache
 def _ones() -> Any:
     """A product with these is NumPy's fastest sum."""
-    import numpy as np
-
-    return np.ones(_BLOCK_ROWS)
+    return sys.modules["numpy"].ones(_BLOCK_ROWS)
 
 
 def _sum_float_rows(values: Any) -> tuple[Any, Any]:
