@@ -156,9 +156,9 @@ def test_files_that_are_missing_or_of_no_kind_are_refused(folder, tmp_path):
     (tmp_path / "pickled.npy").write_bytes(b"\x80\x04N.")
     with pytest.raises(InputError, match=r"pickled\.npy"):
         ff.map(np.exp, tmp_path / "pickled.npy")
+    (tmp_path / "h.csv").write_text("i,other\n1,2\n")
+    (tmp_path / "g.csv").write_text("i,text\n1,2\n")
     with pytest.raises(InputError, match="header"):
-        (tmp_path / "h.csv").write_text("i,other\n1,2\n")
-        (tmp_path / "g.csv").write_text("i,text\n1,2\n")
         ff.map(numbers, str(tmp_path / "*.csv"))
 
 
