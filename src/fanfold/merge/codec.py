@@ -290,10 +290,10 @@ def _from_npy(data: bytes) -> Any:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if dtype.hasobject or dtype.kind not in _ARRAY_KINDS or any(length < 0 for length in shape):
+    if dtype.hasobject or dtype.kind not in _ARRAY_KINDS:
         raise _cannot_load(f"an array of {dtype}")
-    if num_bytes != len(data) - file.tell():
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes != len(data) - file.tell() or any(length < 0 for length in shape):
         raise _cannot_load("an array whose shape does not fit its bytes")
     array = np.empty(shape, dtype, order="F" if fortran else "C")
     if num_bytes:
