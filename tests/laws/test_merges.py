@@ -154,10 +154,8 @@ def from_kernel(piece):
     part = SoftmaxParts().lift((scores, values), keys)
     if not keys:
         return part, keys
-    with np.errstate(invalid="ignore"):
-        return SoftmaxPart.of(
-            part.value / np.where(part.weight == 0, np.nan, part.weight), SoftmaxParts().lse(part)
-        ), keys
+    output = part.value / np.where(part.weight == 0, np.nan, part.weight)
+    return SoftmaxPart.of(output, SoftmaxParts().lse(part)), keys
 
 
 def by_name(**equals):

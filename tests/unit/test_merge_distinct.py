@@ -26,7 +26,7 @@ def numbers(seed, count):
 
 
 @pytest.mark.parametrize("error", [0.1, 0.02, 0.01])
-@pytest.mark.parametrize("count", [1, 10, 1000, 100_000])
+@pytest.mark.parametrize("count", [1, 10, 1000, 20_000])
 def test_the_estimate_is_within_the_stated_error(error, count):
     """Over 20 seeds: the root mean square within 1.5 errors (below it by chance in 999 of 1000), each within 4."""
     off = [over(Distinct(error), numbers(seed, count).view("i8")) / count - 1 for seed in range(20)]
@@ -34,6 +34,7 @@ def test_the_estimate_is_within_the_stated_error(error, count):
     assert math.sqrt(sum(one * one for one in off) / len(off)) <= 1.5 * error
 
 
+@pytest.mark.slow
 def test_a_million_values_are_counted_within_the_error():
     off = [over(Distinct(), numbers(seed, 1_000_000).view("i8"), [300_000]) / 1e6 - 1 for seed in range(3)]
     assert max(map(abs, off)) <= 0.03

@@ -112,12 +112,13 @@ class Distinct:
         if part.sketch is None:
             return 0
         sketch = _opened(part.sketch)
-        few = sketch.get_estimate()
+        few: float = sketch.get_estimate()
         if few < 2**self.lg_k / 16:
             return round(few)
         seed = _sketches().hll_sketch(self.lg_k, _sketches().tgt_hll_type.HLL_8, True)  # has registers from the start
         seed.update("a value that is none of a piece's")
-        return round(self._union(seed, sketch).get_estimate()) - 1
+        many: float = self._union(seed, sketch).get_estimate()
+        return round(many) - 1
 
     def _part(self, kind: str, left: Any, right: Any) -> DistinctPart:
         return DistinctPart(self.lg_k, kind, self._union(left, right).serialize_compact())
