@@ -5,7 +5,10 @@ that names them. Its comment holds the format's version and the SHA-256 of all b
 the arrays as an IPC stream. Dtype, shape, Fortran order and the bits of NaN and of -0.0 are kept; views, memory maps
 and equal references come back as arrays of their own.
 
-Loading allocates no more than a few times the bytes given: array sizes are checked against them before use.
+Loading arrays allocates no more than a few times the bytes given: their sizes are checked against them before use.
+Not so for Arrow data, whose streams may be compressed by who wrote them, or for frames made of it.
+
+Merges import neither Arrow nor torch: who loads a part that holds their data has imported them, or gets a DataError.
 """
 
 from __future__ import annotations
