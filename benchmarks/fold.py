@@ -190,7 +190,8 @@ def python():
     show(f"Collatz steps of {len(rows):,} numbers, pure Python: {folded}", medians, mine="ff.map", unit_s=1, unit="s")
     best = min(seconds for name, seconds in medians.items() if name not in ("serial", "ff.map"))
     print(
-        f"  against serial {medians['serial'] / medians['ff.map']:.2f}; against the best of them {best / medians['ff.map']:.2f}"
+        f"  against serial {medians['serial'] / medians['ff.map']:.2f}; "
+        f"the best of the others {best / medians['ff.map']:.2f}"
     )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fanfold.merge import ArgMax as ArgMax
     from fanfold.merge import Concat as Concat
     from fanfold.merge import Count as Count
+    from fanfold.merge import Distinct as Distinct
     from fanfold.merge import EnsembleMean as EnsembleMean
     from fanfold.merge import Histogram as Histogram
     from fanfold.merge import Mean as Mean
@@ -44,6 +45,7 @@ _PUBLIC = {
     "ArgMax": "fanfold.merge",
     "Concat": "fanfold.merge",
     "Count": "fanfold.merge",
+    "Distinct": "fanfold.merge",
     "EnsembleMean": "fanfold.merge",
     "Histogram": "fanfold.merge",
     "Mean": "fanfold.merge",
@@ -62,6 +64,7 @@ __all__ = [
     "ArgMax",
     "Concat",
     "Count",
+    "Distinct",
     "EnsembleMean",
     "Histogram",
     "Mean",

@@ -30,6 +30,7 @@ TORCH = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"
 HOST = {"numpy", "pyarrow", "fsspec", "psutil", "pynvml"}
 PACKAGES = {
     "merge": {"numpy"},
+    "merge/distinct.py": {"datasketches"},
     "split": {"numpy"},
     "machine": {*HOST, "threadpoolctl"},
     "data": HOST,

@@ -11,8 +11,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fanfold.errors import DifferenceFound
-from fanfold.merge import Concat, Count, Mean, Sum, Weighted
+import fanfold
+from fanfold.errors import DataError, DifferenceFound
+from fanfold.merge import (
+    ArgMax,
+    Concat,
+    Count,
+    Distinct,
+    EnsembleMean,
+    Histogram,
+    Mean,
+    MinMax,
+    Moments,
+    Quantiles,
+    Record,
+    SoftmaxPart,
+    SoftmaxParts,
+    Sum,
+    TopK,
+    Vote,
+    Weighted,
+    codec,
+)
 from fanfold.testing import laws
 
 # No deadline: the machine may be busy. Derandomised: the same examples in every run.
@@ -23,6 +43,9 @@ LIMIT, MAX_PIECES = 1e6, 12
 ints = st.integers(-(10**30), 10**30)
 floats = st.floats(-LIMIT, LIMIT)
 any_floats = floats | st.sampled_from([float("nan"), float("inf"), float("-inf")])
+few_floats = st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1.0, 2.0])  # ties, and edges of bins
+labels = st.integers(-3, 3)
+weights = st.sampled_from([0, 1, 3, 0.1, 0.2, 0.3, np.float64(0.7), np.int64(2), np.array(0.25), 1e-9])
 rows = st.integers(0, 50)
 small_ints = st.integers(-100, 100)
 
@@ -39,6 +62,111 @@ def within(u, max_rows=1):
 
 def arrays(dtype, elements):
     return st.lists(elements, min_size=3, max_size=3).map(lambda row: np.array(row, dtype))
+
+
+def row_pieces(make, elements=floats, max_rows=6):
+    """Pieces of unequal numbers of rows, 0 among them: what `make` makes of a list of one element for each."""
+    return st.lists(st.lists(elements, max_size=max_rows), max_size=MAX_PIECES).map(
+        lambda drawn: [(make(rows), len(rows)) for rows in drawn]
+    )
+
+
+def columns(rows):
+    """Two columns: the values, and their negatives in reverse."""
+    values = np.array(rows, float)
+    return np.stack([values, -values[::-1]], axis=1)
+
+
+def same_moments(left, right):
+    """The stated bound for two cuts: 2e-12 of the moment of the distances without signs, for central moments.
+
+    That of power 3 is at most sqrt(m2 m4). Equal rows leave rounding of rounding: 4 u^2 of the mean.
+    """
+    if left.count != right.count:
+        return False
+    if not np.isfinite(left.mean).all():
+        return laws.exactly(left.mean, right.mean) and all(
+            np.isnan(both.variance).tolist() == (~np.isfinite(left.mean)).tolist() for both in (left, right)
+        )
+    tiny = 4 * U64**2 * np.abs(left.mean)
+    m2, m3, m4 = ([moment(both) for both in (left, right)] for moment in (second, third, fourth))
+    close = np.abs(left.mean - right.mean) <= 2 * U64 * np.abs(left.mean) + 2e-12 * np.sqrt(m2[0])
+    close &= np.abs(m2[0] - m2[1]) <= 2e-12 * m2[0] + tiny**2
+    close &= ~(np.abs(m3[0] - m3[1]) > 2e-12 * np.sqrt(m2[0] * m4[0]) + tiny**3)
+    close &= ~(np.abs(m4[0] - m4[1]) > 2e-12 * m4[0] + tiny**4)
+    return bool(np.all(close))
+
+
+def second(found):
+    return found.variance
+
+
+def third(found):
+    return found.skewness * found.variance**1.5
+
+
+def fourth(found):
+    return (found.kurtosis + 3) * found.variance**2
+
+
+def probabilities(rows):
+    """Three classes for each member, from one number in 0 to 1."""
+    first = np.array(rows, float)[:, None] if rows else np.empty((0, 1))
+    return np.concatenate([first / 2, (1 - first) / 3, 1 - first / 2 - (1 - first) / 3], axis=1)
+
+
+def members(make, weights, elements):
+    """Members of weight 1 in pieces of several, and weighted ones in pieces of their own."""
+    one = st.tuples(elements, weights).map(lambda drawn: (Weighted(make([drawn[0]])[0], drawn[1]), 1))
+    several = st.lists(elements, max_size=5).map(lambda rows: (make(rows), len(rows)))
+    return st.lists(one | several, max_size=MAX_PIECES)
+
+
+def ballots(rows):
+    """What each member says of four items."""
+    return np.array([[row, row // 2, -row, 7] for row in rows], np.int64).reshape(-1, 4)
+
+
+def text_ballots(rows):
+    return ballots(rows).astype("U3")
+
+
+def scores_and_values(dtype, as_array=np.asarray):
+    """Pieces of keys: scores [2 queries, keys] to +-1e4, some masked, and values [keys, 2] in -1 to 1."""
+    score = st.floats(-1e4, 1e4, width=32) | st.floats(-5, 5, width=32) | st.just(float("-inf"))
+    key = st.tuples(score, score, st.floats(-1, 1, width=32), st.floats(-1, 1, width=32))
+
+    def piece(keys):
+        table = np.array(keys, dtype).reshape(-1, 4)
+        return as_array(np.ascontiguousarray(table[:, :2].T)), as_array(np.ascontiguousarray(table[:, 2:]))
+
+    return row_pieces(piece, key, max_rows=4)
+
+
+def attention(u):
+    """Twice the stated bound, u (2 S + K + 8) max|value|, with S = 1e4, K = 4 keys a piece and values to 1."""
+    return laws.within(rtol=0, atol=2 * u * (2 * 1e4 + 4 * MAX_PIECES + 8))
+
+
+def from_kernel(piece):
+    """The same keys as an attention kernel reports them, with NaN where all are masked."""
+    (scores, values), keys = piece
+    part = SoftmaxParts().lift((scores, values), keys)
+    if not keys:
+        return part, keys
+    output = part.value / np.where(part.weight == 0, np.nan, part.weight)
+    return SoftmaxPart.of(output, SoftmaxParts().lse(part)), keys
+
+
+def by_name(**equals):
+    """Equality of records: each name by its own."""
+
+    def same(left, right):
+        return left.keys() == right.keys() == equals.keys() and all(
+            equal(left[name], right[name]) for name, equal in equals.items()
+        )
+
+    return same
 
 
 def blocks(make, elements=small_ints):
@@ -74,6 +202,48 @@ MERGES = {
     "concat of arrow arrays": (Concat(), blocks(lambda b: pa.array(b, pa.int64())), laws.exactly),
     "concat of chunked": (Concat(), blocks(lambda b: pa.chunked_array([b], pa.int64())), laws.exactly),
     "concat of tables": (Concat(), blocks(lambda b: pa.table({"a": pa.array(b, pa.int64())})), laws.exactly),
+    "sum over rows": (Sum(), row_pieces(columns), within(2 * U64, max_rows=6)),
+    "mean over rows": (Mean(), row_pieces(columns), within(4 * U64, max_rows=6)),
+    "moments": (Moments(), row_pieces(np.array), same_moments),
+    "moments of columns far from 0": (Moments(), row_pieces(lambda rows: columns(rows) + 1e8), same_moments),
+    "moments with nan and inf": (Moments(), row_pieces(columns, any_floats), same_moments),
+    "least and greatest": (MinMax(), row_pieces(columns, any_floats), laws.exactly),
+    "least and greatest strings": (MinMax(), row_pieces(np.array, st.text("ab", min_size=1)), laws.exactly),
+    "where the greatest stands": (ArgMax(), row_pieces(columns, any_floats | few_floats), laws.exactly),
+    "top": (TopK(5), row_pieces(np.array, any_floats | few_floats), laws.exactly),
+    "bottom": (TopK(3, largest=False), row_pieces(np.array, any_floats | few_floats), laws.exactly),
+    "vote": (Vote(), row_pieces(ballots, labels), laws.exactly),
+    "vote of strings": (Vote(), row_pieces(text_ballots, labels), laws.exactly),
+    "weighted vote": (Vote(), members(ballots, weights | st.floats(0, 1e300), labels), laws.exactly),
+    "mean of an ensemble": (EnsembleMean(), row_pieces(probabilities, st.floats(0, 1)), laws.within(rtol=16 * U64)),
+    "weighted mean of an ensemble": (
+        EnsembleMean(),
+        members(probabilities, weights, st.floats(0, 1)),
+        laws.within(rtol=16 * U64),
+    ),
+    "histogram": (Histogram((-1.0, 0.0, 0.5, 2.0)), row_pieces(columns, any_floats | few_floats), laws.exactly),
+    "quantile": (Quantiles(0.5), row_pieces(columns, any_floats), laws.exactly),
+    "quantiles": (Quantiles((0.0, 0.3, 0.99, 1.0), error=0.01), row_pieces(columns), laws.exactly),
+    "distinct floats": (Distinct(0.1), row_pieces(columns, any_floats | few_floats), laws.exactly),
+    "distinct strings": (Distinct(), row_pieces(np.array, st.text("ab\u00e4", max_size=3)), laws.exactly),
+    "softmax in float64": (SoftmaxParts(), scores_and_values("float64"), attention(U64)),
+    "softmax in float32": (SoftmaxParts(), scores_and_values("float32"), attention(U32)),
+    "softmax from kernels": (
+        SoftmaxParts(),
+        scores_and_values("float64").map(lambda drawn: list(map(from_kernel, drawn))),
+        attention(2 * U64),
+    ),
+    "record": (
+        Record({"top": TopK(2), "bins": Histogram((0, 1)), "mean": Sum(), "rows": Count(), "kinds": Distinct(0.05)}),
+        row_pieces(np.array),
+        by_name(
+            top=laws.exactly,
+            bins=laws.exactly,
+            mean=within(2 * U64, max_rows=6),
+            rows=laws.exactly,
+            kinds=laws.exactly,
+        ),
+    ),
 }
 
 
@@ -87,6 +257,50 @@ def test_merge_keeps_every_law(name):
         laws.check_all(merge, values, equal)
 
     keeps()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("dtype", "u"), [("float64", U64), ("float32", U32)])
+def test_softmax_of_tensors_keeps_every_law(dtype, u):
+    import torch
+
+    equal = attention(u)
+
+    @few
+    @given(scores_and_values(dtype, torch.from_numpy))
+    def keeps(values):
+        laws.check_all(SoftmaxParts(), values, lambda a, b: a.dtype == b.dtype and equal(a.numpy(), b.numpy()))
+
+    keeps()
+
+
+def test_every_merge_stands_in_the_table():
+    kinds = {type(merge).__name__ for merge, _, _ in MERGES.values()}
+    merges = {name for name in fanfold.__all__ if hasattr(getattr(fanfold, name), "join")}
+    assert kinds == merges
+
+
+@pytest.mark.parametrize(
+    ("merge", "other"),
+    [
+        (TopK(3), TopK(4)),
+        (TopK(3), TopK(3, largest=False)),
+        (Histogram((0, 1)), Histogram((0, 2))),
+        (Quantiles(0.5), Quantiles(0.5, error=0.1)),
+        (Distinct(), Distinct(0.1)),
+        (Record({"a": Count()}), Record({"b": Count()})),
+        (Record({"a": TopK(3)}), Record({"a": TopK(4)})),
+    ],
+)
+def test_parts_made_with_other_parameters_are_refused(merge, other):
+    value = np.array([0.5, 0.25])
+    own, foreign = (one.lift(value, 2) for one in (merge, other))
+    for pair in ((own, foreign), (foreign, own), (merge.empty(), foreign), (other.empty(), own)):
+        with pytest.raises(DataError) as caught:
+            merge.join(*pair)
+        assert "part" in caught.value.found
+        assert "join parts of" in caught.value.do
+    merge.finish(merge.join(own, codec.load(codec.save(own))))
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,15 @@ def test_the_laws_hold(merge):
     laws.check_all(merge, [(np.array(rows, float), count) for rows, count in pieces], same)
 
 
+def test_strings_have_a_least_and_a_greatest():
+    for rows in (np.array(["bb", "a", "ccc", "ab"]), np.array([b"bb", b"a", b"ccc", b"ab"])):
+        found = over(MinMax(), rows, [1, 3])
+        assert [found.min, found.max] == [min(rows), max(rows)]
+    assert over(MinMax(), np.array([["b", "x"], ["a", "y"]]), [1]).min.tolist() == ["a", "x"]
+    with pytest.raises(DataError, match="least and greatest"):
+        MinMax().join(MinMax().lift(["a"], 1), MinMax().lift([b"a"], 1))
+
+
 def test_columns_are_looked_at_apart():
     rows = np.random.default_rng(0).standard_normal((100, 4))
     assert same(over(MinMax(), rows, [30, 31]), Range(rows.min(0), rows.max(0)))

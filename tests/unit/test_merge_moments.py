@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -52,9 +53,36 @@ def test_equal_rows_have_no_variance_and_no_shape():
     assert math.isnan(over(Moments(), [3.0], []).sample_variance)
 
 
-def test_nan_and_infinity_give_nan():
-    for bad in (np.nan, np.inf):
-        assert math.isnan(over(Moments(), np.array([1.0, bad, 2.0, 5.0]), [2]).variance)
+@pytest.mark.parametrize("cuts", [[], [1], [100, 100, 299], list(range(1, 300))])
+@pytest.mark.parametrize("shift", [0.0, 1e8, -1e12, 1e15])
+def test_no_digits_are_lost_far_from_0(cuts, shift):
+    rows = DRAW.standard_normal(300) + shift
+    exact = [Fraction(row) for row in rows.tolist()]
+    mean = sum(exact) / 300
+    m2, m3, m4 = (float(sum((row - mean) ** power for row in exact) / 300) for power in (2, 3, 4))
+    without_signs = float(sum(abs(row - mean) ** 3 for row in exact) / 300)
+    found = over(Moments(), rows, cuts)
+    assert abs(Fraction(float(found.mean)) - mean) <= Fraction(math.ulp(abs(shift) + 0.25))
+    assert abs(found.variance - m2) <= 1e-14 * m2
+    assert abs(found.skewness * found.variance**1.5 - m3) <= 1e-14 * without_signs
+    assert abs((found.kurtosis + 3) * found.variance**2 - m4) <= 1e-14 * m4
+
+
+@pytest.mark.parametrize(
+    ("bad", "mean"), [([np.nan], np.nan), ([np.inf], np.inf), ([-np.inf] * 2, -np.inf), ([np.inf, -np.inf], np.nan)]
+)
+@pytest.mark.parametrize("cuts", [[], [1], [1, 2]])
+def test_infinities_give_the_mean_that_mean_gives_and_no_higher_moments(bad, mean, cuts):
+    found = over(Moments(), np.array([*bad, 2.0, 5.0]), cuts)
+    assert found.mean == mean or (math.isnan(found.mean) and math.isnan(mean))
+    assert np.isnan([found.variance, found.skewness, found.kurtosis]).all()
+
+
+def test_the_buckets_are_joined_once_for_all_quantiles(monkeypatch):
+    part, calls, join = Quantiles(0.5).lift(np.arange(-5.0, 5.0), 10), [], np.concatenate
+    monkeypatch.setattr(np, "concatenate", lambda arrays: calls.append(1) or join(arrays))
+    Quantiles(tuple(np.linspace(0, 1, 50))).finish(part)
+    assert len(calls) == 2  # middles and counts
 
 
 PIECES = [(DRAW.standard_normal(n), n) for n in (3, 0, 1, 40, 7)]

@@ -83,6 +83,15 @@ def test_outputs_of_a_kernel_with_their_log_sum_exp_are_parts():
     assert np.allclose(MERGE.lse(fold(MERGE, again)), exact, atol=1e-13)
 
 
+def test_a_kernels_output_where_all_keys_are_masked_weighs_nothing():
+    for undefined in (np.nan, 0.0, 7.0):
+        output, lse = np.array([[1.0, 2.0], [undefined, undefined]]), np.array([0.5, -np.inf])
+        part = SoftmaxPart.of(output, lse)
+        assert MERGE.finish(part).tolist() == [[1.0, 2.0], [0.0, 0.0]]
+        assert MERGE.lse(part).tolist() == lse.tolist()
+        assert MERGE.finish(MERGE.join(part, SoftmaxPart.of(np.ones((2, 2)), np.zeros(2))))[1].tolist() == [1.0, 1.0]
+
+
 def test_nan_propagates():
     scores, values = drawn()
     scores[0, 0, 0, 3] = np.nan

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fanfold.errors import DataError, PlanError
-from fanfold.merge import Weighted, fold
+from fanfold.merge import Mean, Weighted, fold
 from fanfold.merge.histogram import Histogram
 from fanfold.merge.vote import EnsembleMean, Vote
 from fanfold.testing import laws
@@ -35,6 +35,43 @@ def test_the_label_with_the_most_votes_wins_and_the_smallest_of_equals(cuts):
 def test_weights_decide():
     parts = [Vote().lift(Weighted(["a", "b"], 3.0), 1), Vote().lift(np.array([["b", "b"], ["b", "c"]]), 2)]
     assert Vote().finish(fold(Vote(), parts)).tolist() == ["a", "b"]
+
+
+def test_fractional_weights_are_exact_in_any_order_of_joins():
+    merge = Vote()
+    votes = [("a", 0.1)] * 10 + [("b", 1.0), ("a", 1e-30), ("c", 1e300), ("c", 5e-324), ("d", 1e300)]
+    for _ in range(20):
+        parts = [merge.lift(Weighted([votes[at][0]], votes[at][1]), 1) for at in DRAW.permutation(len(votes))]
+        assert merge.finish(fold(merge, parts)).tolist() == ["c"]  # 1e300 + 5e-324 is more than 1e300
+    parts = [merge.lift(Weighted([label], weight), 1) for label, weight in votes[:11]]
+    assert merge.finish(fold(merge, parts)).tolist() == ["a"]  # ten times the float 0.1 is a little more than 1
+
+
+@pytest.mark.parametrize("weight", [np.float64(0.5), np.float32(0.5), np.int64(3), np.array(2.0), 10**30])
+def test_weights_may_be_numpy_scalars(weight):
+    vote = Vote().lift(Weighted(["a", "b"], weight), 1)
+    assert Vote().finish(vote).tolist() == ["a", "b"]
+    mean = EnsembleMean().lift(Weighted([0.25, 0.75], weight), 1)
+    assert np.allclose(EnsembleMean().finish(mean), [0.25, 0.75], rtol=1e-15)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.float64(np.nan), np.array(np.nan), np.inf, -1, 10**400, "2", None])
+@pytest.mark.parametrize("merge", [Vote(), EnsembleMean(), Mean()])
+def test_bad_weights_are_refused_everywhere(merge, bad):
+    with pytest.raises(DataError):
+        merge.lift(Weighted([1, 0] if isinstance(merge, Vote) else np.array([1.0, 0.0]), bad), 1)
+
+
+def test_many_labels_need_no_cube():
+    import tracemalloc
+
+    votes = DRAW.permutation(400 * 50).reshape(400, 50)  # the cube would hold 400 million cells
+    tracemalloc.start()
+    part = Vote().lift(votes, 400)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 20_000 * 50 * 5
+    assert Vote().finish(part).tolist() == votes.min(axis=0).tolist()
 
 
 PROBABILITIES = DRAW.dirichlet(np.ones(3), (9, 20))

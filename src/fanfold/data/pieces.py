@@ -156,8 +156,7 @@ class MappedArray:
             array = np.memmap(self.path, self.dtype, "r", self.offset, self.shape).view(np.ndarray)
         if not self.tensor:
             return array
-        import torch
-
+        torch = sys.modules["torch"]  # what units of a tensor are made with
         whole = torch.from_numpy(array)
         return whole.view(torch.bfloat16) if self.tensor == "bfloat16" else whole
 

@@ -1,5 +1,6 @@
 """Merges: associative ways to join what pieces give, and the tree in which they fold. Imports no NumPy."""
 
+from fanfold.merge.distinct import Distinct
 from fanfold.merge.extremes import ArgMax, MinMax
 from fanfold.merge.gather import Concat
 from fanfold.merge.histogram import Histogram
@@ -16,6 +17,7 @@ __all__ = [
     "ArgMax",
     "Concat",
     "Count",
+    "Distinct",
     "EnsembleMean",
     "Histogram",
     "Mean",

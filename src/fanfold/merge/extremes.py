@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fanfold.errors import DataError
-from fanfold.merge.rows import per_row
+from fanfold.merge.rows import numpy_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class RangePart:
 
 @dataclass(frozen=True, slots=True)
 class MinMax:
-    """The least and the greatest value over rows; NaN where there is one."""
+    """The least and the greatest value over rows, numbers or strings; NaN where there is one."""
 
     def empty(self) -> RangePart:
         """No rows."""
@@ -42,7 +42,11 @@ class MinMax:
             return RangePart()
         import numpy as np
 
-        values = np.asarray(per_row(value, rows, "take least and greatest value over rows"))
+        values = numpy_rows(value, rows, "take least and greatest value over rows")
+        if values.dtype.kind in "SU":  # NumPy knows where the least string stands, but no minimum of strings
+            least, greatest = values.argmin(axis=0), values.argmax(axis=0)
+            ends = [np.take_along_axis(values, np.expand_dims(at, 0), axis=0)[0] for at in (least, greatest)]
+            return RangePart(*ends)
         return RangePart(values.min(axis=0), values.max(axis=0))
 
     def join(self, left: RangePart, right: RangePart) -> RangePart:
@@ -52,6 +56,11 @@ class MinMax:
         import numpy as np
 
         check_alike("take least and greatest value over rows", left.min, right.min)
+        if left.min.dtype.kind in "SU":
+            return RangePart(
+                np.where(right.min < left.min, right.min, left.min)[()],
+                np.where(right.max > left.max, right.max, left.max)[()],
+            )
         return RangePart(np.minimum(left.min, right.min), np.maximum(left.max, right.max))
 
     def finish(self, part: RangePart) -> Range:
@@ -92,7 +101,7 @@ class ArgMax:
             return ExtremePart()
         import numpy as np
 
-        values = np.asarray(per_row(value, rows, "find the greatest value over rows"))
+        values = numpy_rows(value, rows, "find the greatest value over rows")
         index = values.argmax(axis=0)
         return ExtremePart(index, np.take_along_axis(values, np.expand_dims(index, 0), axis=0)[0], rows)
 
@@ -120,7 +129,8 @@ class ArgMax:
 def check_alike(asked: str, left: Any, right: Any) -> None:
     """Raises DataError unless shape and dtype are the same."""
     kinds = [f"{value.dtype} of shape {value.shape}" for value in (left, right)]
-    if left.shape != right.shape or (left.dtype != right.dtype and left.dtype.kind not in "SU"):
+    text = left.dtype.kind in "SU" and left.dtype.kind == right.dtype.kind  # of any width
+    if left.shape != right.shape or (left.dtype != right.dtype and not text):
         raise DataError(
             asked,
             found=f"{kinds[0]}, then {kinds[1]}",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import DataError, PlanError
-from fanfold.merge.rows import per_row
+from fanfold.merge.rows import real_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,15 +69,7 @@ class Histogram:
             return self.empty()
         import numpy as np
 
-        values = np.asarray(per_row(value, rows, "count values in bins"))
-        if values.dtype.kind not in "biuf":
-            raise DataError(
-                "count values in bins",
-                found=f"values of {values.dtype}",
-                allowed="real numbers",
-                do="return floats or ints from the function",
-            )
-        values = values.reshape(-1)
+        values = real_rows(value, rows, "count values in bins").reshape(-1)
         edges = np.array(self.edges)
         places = np.searchsorted(edges, values[values == values], side="right")
         places[values[values == values] == edges[-1]] -= 1

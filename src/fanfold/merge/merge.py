@@ -30,7 +30,7 @@ class Merge(Protocol[Part, Result_co]):
     """An associative way to join results, with an identity.
 
     Laws (`fanfold.testing.laws` runs them): `join` is associative within the tolerance that the merge states,
-    `empty()` is its identity on both sides, and a part survives pickling. `join` need not be commutative:
+    `empty()` is its identity on both sides, and a part survives pickling, and `codec`. `join` need not be commutative:
     parts are always joined in piece order. A part may be kept, joined again or sent to another process, so
     `join` returns a new part and changes neither of the two; `lift` may keep the value that it was given.
     """

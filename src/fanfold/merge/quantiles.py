@@ -14,7 +14,7 @@ from typing import Any
 
 from fanfold.errors import DataError, PlanError
 from fanfold.merge.extremes import no_rows
-from fanfold.merge.rows import per_row
+from fanfold.merge.rows import real_rows
 
 _SMALLEST = 1e-300  # magnitudes below count as 0
 
@@ -70,15 +70,7 @@ class Quantiles:
             return self.empty()
         import numpy as np
 
-        values = np.asarray(per_row(value, rows, "find quantiles over rows"))
-        if values.dtype.kind not in "biuf":
-            raise DataError(
-                "find quantiles over rows",
-                found=f"values of {values.dtype}",
-                allowed="real numbers",
-                do="return floats or ints from the function",
-            )
-        values = values.astype(np.float64).reshape(-1)
+        values = real_rows(value, rows, "find quantiles over rows").astype(np.float64).reshape(-1)
         regular = values[values == values]
         if not len(regular):
             return SketchPart(self.error, nans=len(values))
@@ -128,9 +120,8 @@ class Quantiles:
         total = int(ends[-1])
         if not total and not part.nans:
             raise no_rows("find quantiles over rows")
-        found = [
-            math.nan if part.nans else self._at(q, total, ends, np.concatenate(middles), part) for q in self._wanted()
-        ]
+        buckets = np.concatenate(middles)
+        found = [math.nan if part.nans else self._at(q, total, ends, buckets, part) for q in self._wanted()]
         return np.array(found) if isinstance(self.q, tuple) else found[0]
 
     def _wanted(self) -> tuple[float, ...]:

@@ -19,6 +19,30 @@ def per_row(value: Any, rows: int, asked: str) -> Any:
     return value
 
 
+def numpy_rows(value: Any, rows: int, asked: str) -> Any:
+    """The value as a NumPy array [rows, ...], torch tensors too. Raises DataError where axis 0 is not the rows."""
+    import numpy as np
+
+    value = per_row(value, rows, asked)
+    if hasattr(value, "detach"):  # NumPy takes neither a tensor that wants a gradient nor bfloat16
+        value = value.detach()
+        value = value.float() if "bfloat16" in str(value.dtype) else value
+    return np.asarray(value)
+
+
+def real_rows(value: Any, rows: int, asked: str) -> Any:
+    """The value as a NumPy array [rows, ...] of real numbers. Raises DataError for others, as `numpy_rows` does."""
+    values = numpy_rows(value, rows, asked)
+    if values.dtype.kind not in "biuf":
+        raise DataError(
+            asked,
+            found=f"values of {values.dtype}",
+            allowed="real numbers",
+            do="return floats or ints from the function",
+        )
+    return values
+
+
 def _as_numpy(value: Any, asked: str) -> Any:
     import numpy as np
 

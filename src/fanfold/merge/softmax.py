@@ -28,9 +28,12 @@ class SoftmaxPart:
 
     @classmethod
     def of(cls, output: Any, lse: Any) -> SoftmaxPart:
-        """From what an attention kernel gives: output [..., Q, D] and log-sum-exp [..., Q]."""
+        """From what an attention kernel gives: output [..., Q, D] and log-sum-exp [..., Q].
+
+        Where lse is -inf all keys were masked: the output there, which kernels leave NaN or 0, weighs nothing.
+        """
         peak = lse[..., None]
-        return cls(peak, _exp(_safe(peak - peak)), output)
+        return cls(peak, _exp(peak - _safe(peak)), _zero_where(peak == float("-inf"), output))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +130,15 @@ def _words(array: Any) -> str:
 
 def _safe(peak: Any) -> Any:
     """The peak, 0 where no key counts: -inf less -inf would be NaN."""
-    masked = peak == float("-inf")
-    if hasattr(peak, "masked_fill"):
-        return peak.masked_fill(masked, 0.0)
-    return _where(masked, peak)
+    return _zero_where(peak == float("-inf"), peak)
 
 
-def _where(masked: Any, peak: Any) -> Any:
+def _zero_where(masked: Any, array: Any) -> Any:
+    if hasattr(array, "masked_fill"):
+        return array.masked_fill(masked, 0.0)
     import numpy as np
 
-    return np.where(masked, peak.dtype.type(0), peak)
+    return np.where(masked, array.dtype.type(0), array)
 
 
 def _maximum(left: Any, right: Any) -> Any:

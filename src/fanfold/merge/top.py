@@ -7,7 +7,7 @@ from typing import Any
 
 from fanfold.errors import DataError, PlanError
 from fanfold.merge.extremes import check_alike
-from fanfold.merge.rows import per_row
+from fanfold.merge.rows import numpy_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class TopK:
             return self.empty()
         import numpy as np
 
-        values = np.asarray(per_row(value, rows, "find the top rows"))
+        values = numpy_rows(value, rows, "find the top rows")
         if values.ndim != 1 or values.dtype.kind not in "biuf":
             raise DataError(
                 "find the top rows",

@@ -5,22 +5,28 @@ The rows of a piece are members: values [members, ...]; a `Weighted` is the answ
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from fanfold.errors import DataError
 from fanfold.merge.extremes import no_rows
-from fanfold.merge.rows import per_row
+from fanfold.merge.rows import numpy_rows
 from fanfold.merge.sums import Mean, MeanPart, Weighted
+
+_DIGIT_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class VotePart:
-    """labels [L] in order; weights [L, n] of the votes for each label on each of n items; labels None: no votes."""
+    """labels [L] in order, and the weight of the votes for each label on each of n items; labels None: no votes.
+
+    Weights are exact: the sum over (place, digits [L, n] int64) of digits * 2^(32 place). Places rise; a digit may be
+    larger than 2^32, since nothing is carried before the end.
+    """
 
     labels: Any = None
-    weights: Any = None
+    weights: tuple[tuple[int, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +34,8 @@ class Vote:
     """For each item the label with the most votes, or the most weight; the smallest label of equals.
 
     Shapes: values [members, n] of ints or strings, or `Weighted(labels [n], w)` of one member -> labels [n].
-    Exact for whole weights; other weights are added in piece order, in float64. No NaN: labels are ints, strings.
+    Exact, for any weights and up to 2^31 members: the order in which they come does not show. No NaN: labels are
+    ints, strings. Memory: 8 L n bytes for L labels where all weights are whole and below 2^32; a few times that else.
     """
 
     def empty(self) -> VotePart:
@@ -41,10 +48,10 @@ class Vote:
             return VotePart()
         import numpy as np
 
-        weight = 1.0
+        weight: float = 1
         if isinstance(value, Weighted):
             value, weight = one_member(value, rows, "count votes")
-        votes = np.asarray(per_row(value, rows, "count votes"))
+        votes = numpy_rows(value, rows, "count votes")
         if votes.ndim != 2 or votes.dtype.kind not in "biuSU":
             raise DataError(
                 "count votes",
@@ -54,9 +61,11 @@ class Vote:
             )
         if not weight:
             return VotePart()
-        labels = np.unique(votes)
-        weights = (votes[None] == labels[:, None, None]).sum(axis=1) * weight
-        return VotePart(labels, weights)
+        labels, places = np.unique(votes, return_inverse=True)
+        shape = len(labels), votes.shape[1]
+        cells = places.reshape(votes.shape) * shape[1] + np.arange(shape[1])
+        counts = np.bincount(cells.reshape(-1), minlength=shape[0] * shape[1]).astype(np.int64).reshape(shape)
+        return VotePart(labels, tuple((place, counts * digit) for place, digit in _digits(weight)))
 
     def join(self, left: VotePart, right: VotePart) -> VotePart:
         """All votes. Raises DataError if the numbers of items or the kinds of labels differ."""
@@ -64,25 +73,37 @@ class Vote:
             return right if left.labels is None else left
         import numpy as np
 
-        kinds = ["text" if part.labels.dtype.kind in "SU" else "ints" for part in (left, right)]
-        if kinds[0] != kinds[1] or left.weights.shape[1] != right.weights.shape[1]:
+        names = {"S": "bytes", "U": "text"}
+        kinds = [names.get(part.labels.dtype.kind, "ints") for part in (left, right)]
+        items = [part.weights[0][1].shape[1] for part in (left, right)]
+        if kinds[0] != kinds[1] or items[0] != items[1]:
             raise DataError(
                 "count votes",
-                found=f"{kinds[0]} for {left.weights.shape[1]} item(s), then {kinds[1]} for {right.weights.shape[1]}",
+                found=f"{kinds[0]} for {items[0]} item(s), then {kinds[1]} for {items[1]}",
                 allowed="labels of one kind, for the same items, from all members",
                 do="let every member label the same items",
             )
         labels = np.union1d(left.labels, right.labels)
-        weights = np.zeros((len(labels), left.weights.shape[1]))
-        weights[np.searchsorted(labels, left.labels)] += left.weights
-        weights[np.searchsorted(labels, right.labels)] += right.weights
-        return VotePart(labels, weights)
+        weights: dict[int, Any] = {}
+        for part in (left, right):
+            at = np.searchsorted(labels, part.labels)
+            for place, digits in part.weights:
+                if place not in weights:
+                    weights[place] = np.zeros((len(labels), items[0]), np.int64)
+                weights[place][at] += digits
+        return VotePart(labels, tuple(sorted(weights.items())))
 
     def finish(self, part: VotePart) -> Any:
         """The labels. Raises DataError for no votes."""
         if part.labels is None:
             raise no_rows("count votes")
-        return part.labels[part.weights.argmax(axis=0)]
+        import numpy as np
+
+        best: Any = True
+        for digits in reversed(_carried(dict(part.weights))):  # the highest place first
+            among = np.where(best, digits, -1)
+            best = among == among.max(axis=0)
+        return part.labels[best.argmax(axis=0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +127,7 @@ class EnsembleMean:
         weight = None
         if isinstance(value, Weighted):
             value, weight = one_member(value, rows, "take the mean of probabilities")
-        values = np.asarray(per_row(value, rows, "take the mean of probabilities"))
+        values = numpy_rows(value, rows, "take the mean of probabilities")
         if values.ndim < 2 or values.dtype.kind not in "biuf":
             raise DataError(
                 "take the mean of probabilities",
@@ -126,7 +147,7 @@ class EnsembleMean:
             )
         if weight is None:
             return Mean().lift(values, rows)
-        return Mean().lift(Weighted(values[0], weight), 1)
+        return Mean().lift(Weighted(values[0], float(weight)), 1)
 
     def join(self, left: MeanPart, right: MeanPart) -> MeanPart:
         """Of all members. Raises DataError if shapes differ."""
@@ -140,7 +161,9 @@ class EnsembleMean:
 def one_member(value: Weighted, rows: int, asked: str) -> tuple[Any, float]:
     """A weighted answer as that of one row, and its weight. Raises DataError for several rows or a bad weight."""
     weight = value.w
-    good = isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0
+    if getattr(weight, "shape", None) == () and hasattr(weight, "item"):  # a NumPy scalar, an array of no dimension
+        weight = weight.item()
+    good = isinstance(weight, (int, float)) and 0 <= weight <= sys.float_info.max
     if rows != 1 or not good:
         raise DataError(
             asked,
@@ -150,4 +173,27 @@ def one_member(value: Weighted, rows: int, asked: str) -> tuple[Any, float]:
         )
     import numpy as np
 
-    return np.asarray(value.value)[None], float(weight)
+    return np.asarray(value.value)[None], weight
+
+
+def _digits(weight: float) -> list[tuple[int, int]]:
+    """The weight as (place, digit): the sum of digit * 2^(32 place) is exactly it. Places rise; none for 0."""
+    whole, parts = weight.as_integer_ratio()  # parts is a power of two
+    place = -((parts.bit_length() - 1 + _DIGIT_BITS - 1) // _DIGIT_BITS)
+    whole = whole << (-place * _DIGIT_BITS) >> (parts.bit_length() - 1)
+    found = []
+    while whole:
+        if whole % 2**_DIGIT_BITS:
+            found.append((place, whole % 2**_DIGIT_BITS))
+        whole, place = whole >> _DIGIT_BITS, place + 1
+    return found
+
+
+def _carried(weights: dict[int, Any]) -> list[Any]:
+    """The digits of all places from the lowest up, each below 2^32 but for the last: comparable one by one."""
+    digits, carry = [], 0
+    for place in range(min(weights), max(weights) + 1):
+        total = weights.get(place, 0) + carry
+        digits.append(total & (2**_DIGIT_BITS - 1))
+        carry = total >> _DIGIT_BITS
+    return [*digits, carry]
