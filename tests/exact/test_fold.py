@@ -295,3 +295,36 @@ def test_what_was_written_to_a_private_map_of_a_file_is_what_processes_see(tmp_p
     x = np.memmap(tmp_path / "x", "float64", "c")
     x[:] = 2.0
     assert ff.fold(lambda p: p, x, ff.Sum(), on="cpu:2") == 200_000.0
+
+
+@pytest.mark.slow
+def test_results_that_cannot_come_back_from_a_process_are_refused_with_the_piece():
+    def locks(piece):
+        return [threading.Lock() for _ in piece]
+
+    with pytest.raises(PlanError, match="piece 0 of 4") as caught:
+        ff.fold(locks, list(range(100)), ff.Concat(), on="cpu:2", pieces=4)
+    assert "cannot be sent back" in str(caught.value)
+    assert "on='threads'" in str(caught.value)
+    assert len(ff.fold(locks, list(range(100)), ff.Concat(), on="threads:2", pieces=4)) == 100
+
+
+@pytest.mark.parametrize("on", WHERE)
+def test_results_that_do_not_go_together_are_refused_with_a_piece(on):
+    with pytest.raises(DataError, match=r"piece \d of 10 \(rows") as caught:
+        ff.map(lambda p: p.astype("float32" if p[0] > 0 else "float64"), X, on=on)
+    assert "one kind, dtype" in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", [np.ones(3), np.full(32_768, np.nan), np.full(32_768, -1.0), float("nan")])
+def test_weights_that_do_not_match_or_weigh_nothing_sensible_are_refused(weights):
+    x = np.random.default_rng(0).standard_normal(3 * 32_768)
+    with pytest.raises(DataError, match=r"piece 0 of 3 \(rows 0-32767\)"):
+        ff.fold(lambda p: ff.Weighted(p if np.ndim(weights) else p.mean(), weights), x, ff.Mean(), on="inline")
+
+
+@pytest.mark.parametrize("x", [3.0, None, {"a": 1}, {1, 2}, b"bytes", np.array(3.0), np.array([object()])])
+def test_what_cannot_be_cut_into_pieces_is_refused(x):
+    with pytest.raises(PlanError, match="split data") as caught:
+        ff.fold(gauss, x, ff.Mean())
+    assert "list(x)" in str(caught.value)

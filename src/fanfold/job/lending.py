@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,9 @@ import cloudpickle
 
 from fanfold.engine.engine import Assignment
 from fanfold.engine.schedule import Compute, Schedule
-from fanfold.errors import PieceFailed, PlanError, cause_line
+from fanfold.errors import FanfoldError, PieceFailed, PlanError, cause_line
 from fanfold.events import BatchBegun, Event
-from fanfold.job.piecework import Broken, Lent
+from fanfold.job.piecework import Broken, Lent, at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -99,13 +100,16 @@ class Lending:
             assert isinstance(lease, Compute)
             if isinstance(result, Broken):
                 raise result.raised()
-            last, blocks, elapsed_s = result
+            last, blocks, elapsed_s = pickle.loads(result) if self.ships else result
             if self._schedule.computed(unit.name, lease, last, elapsed_s):
                 self._num_left -= last + 1 - lease.first
                 first = self._firsts[lease.window]
                 self.stock.forget(first + lease.first, first + last)
                 for level, index, part in blocks:
-                    self.take(level, index, part)
+                    try:
+                        self.take(level, index, part)
+                    except FanfoldError as error:
+                        raise at(assignment.detail.places[0], error) from None
 
     def failed(self, unit: Unit, assignment: Assignment, failure: Failure) -> None:
         raise failure.error

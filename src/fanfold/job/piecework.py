@@ -8,9 +8,11 @@ import traceback
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
+
 from fanfold.engine._worker import portable
 from fanfold.engine.schedule import Compute
-from fanfold.errors import FanfoldError, PieceFailed, cause_line
+from fanfold.errors import FanfoldError, PieceFailed, PlanError, cause_line
 from fanfold.merge.merge import OrderedFold
 
 if TYPE_CHECKING:
@@ -64,7 +66,12 @@ def compute_piece(call: Callable[[Any], Any], value: Any, merge: Any, place: Pla
     try:
         return merge.lift(result, place.rows)
     except FanfoldError as error:
-        raise type(error)(f"{error.asked}, {place}", found=error.found, allowed=error.allowed, do=error.do) from None
+        raise at(place, error) from None
+
+
+def at(place: Place, error: FanfoldError) -> FanfoldError:
+    """The error, with the piece that it is about."""
+    return type(error)(f"{error.asked}, {place}", found=error.found, allowed=error.allowed, do=error.do)
 
 
 def _failed(place: Place, error: BaseException) -> PieceFailed:
@@ -107,7 +114,7 @@ class PieceWork:
     threads: int = 1
 
     def carry_out(self, assignment: Assignment, desk: Desk) -> Any:
-        """(last piece computed of the lease, blocks for the fold, seconds)"""
+        """The last piece of the lease that was computed, blocks for the fold, and seconds."""
         lease, lent = assignment.instruction, assignment.detail
         assert isinstance(lease, Compute)
         call = desk.cache.get("fold call")
@@ -118,7 +125,11 @@ class PieceWork:
         last = lease.first
         for last, place, item in zip(range(lease.first, lease.last + 1), lent.places, lent.items, strict=True):
             desk.at(last, 0)
-            parts.add_block(0, place.piece, compute_piece(call, self.read(place.piece, item), self.merge, place))
+            part = compute_piece(call, self.read(place.piece, item), self.merge, place)
+            try:
+                parts.add_block(0, place.piece, part)
+            except FanfoldError as error:  # it does not go with those before it
+                raise at(place, error) from None
             if desk.stopping():
                 break
         return last, parts.blocks(), time.perf_counter() - begun_s
@@ -143,7 +154,16 @@ class ShippedWork:
             desk.cache.update({"fold token": self.token, "fold work": work})
         lent = replace(assignment.detail, items=pickle.loads(assignment.detail.items))
         try:
-            return desk.cache["fold work"].carry_out(replace(assignment, detail=lent), desk)
+            result = desk.cache["fold work"].carry_out(replace(assignment, detail=lent), desk)
+            try:
+                return cloudpickle.dumps(result, 5)
+            except Exception as error:
+                raise PlanError(
+                    f"results of the function over {lent.places[0]} in another process",
+                    found=f"they cannot be sent back: {cause_line(error)}",
+                    allowed="results that can be pickled",
+                    do="return numbers, arrays, texts; or use on='threads'",
+                ) from error
         except FanfoldError as error:
             cause = error.__cause__
             return Broken(error, portable(cause) if cause else None, _shown(cause, self.file))
