@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import random
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ from fanfold.data.streams import StreamRows
 from fanfold.engine.engine import Desk
 from fanfold.errors import DataError, InputError, PieceFailed, PlanError
 from fanfold.job.lending import Lending
-from fanfold.job.piecework import PieceWork
+from fanfold.job.piecework import PieceWork, add_block
 from fanfold.merge.merge import OrderedFold
 from fanfold.plan.plan import Unit
 
@@ -194,7 +195,7 @@ def complete(stock, f, merge, seed):
     """The result where leases on eight units end in an order that a seed has drawn."""
     draw = random.Random(seed)
     done = OrderedFold(merge)
-    agenda = Lending(stock, done.add_block, 0, num_units=8)
+    agenda = Lending(stock, partial(add_block, done), 0, num_units=8)
     work = PieceWork(f=f, read=stock.read, merge=merge)
     desks = {number: Desk(Unit(name=f"unit:{number}")) for number in range(8)}
     busy = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -12,7 +13,7 @@ import cloudpickle
 from fanfold.engine.threads import Threads
 from fanfold.job import engines
 from fanfold.job.lending import Lending
-from fanfold.job.piecework import PieceWork, code_of, compute_piece
+from fanfold.job.piecework import PieceWork, add_block, code_of, compute_piece
 from fanfold.plan.plan import Unit
 from fanfold.planner.carrier import Carrier, Measured, choose_carrier
 
@@ -45,7 +46,8 @@ def probe(
         while (first < 2 or elapsed_s < _PROBE_S / 5) and _there(stock, first):
             begun_s = time.perf_counter()
             place = stock.place(first)
-            done.add(first, compute_piece(here(), stock.read(first, stock.lent(first, False)), merge, place))
+            part = compute_piece(here(), stock.read(first, stock.lent(first, False)), merge, place)
+            add_block(done, 0, first, part, place)
             stock.forget(first, first)
             took_s = time.perf_counter() - begun_s
             if first:  # the first call also imports and allocates
@@ -97,7 +99,7 @@ def _two_threads(
         last += 1
     if last - first < 2:
         return 1.0, first
-    agenda = Lending(stock, done.add_block, first, num_units=2, stop=last)
+    agenda = Lending(stock, partial(add_block, done), first, num_units=2, stop=last)
     begun_s = time.perf_counter()
     Threads(units_of("threads", 2)).carry_out(PieceWork(f=f, read=stock.read, merge=merge), agenda)
     elapsed_s = time.perf_counter() - begun_s

@@ -22,7 +22,7 @@ from fanfold.errors import DataError, InputError, PlanError, cause_line
 from fanfold.job import engines
 from fanfold.job.choice import probe, units_of
 from fanfold.job.lending import Lending
-from fanfold.job.piecework import EachRow, PieceWork, ShippedWork, code_of, compute_piece, made
+from fanfold.job.piecework import EachRow, PieceWork, ShippedWork, add_block, code_of, compute_piece, made
 from fanfold.machine.discover import discover
 from fanfold.machine.threads import held_threads
 from fanfold.merge.gather import Concat
@@ -170,7 +170,15 @@ def _run(f: Any, x: Any, merge: Any, num_pieces: int | None, on: str) -> Folded:
             carrier, first = probe(f, here, stock, merge, done, cores)
         if first < stock.num_known or stock.more():
             carry = _carrying(carrier, f, here, stock, merge, stack)
-            carry(Lending(stock, done.add_block, first, num_units=carrier.count, ships=carrier.kind == "cpu"))
+            carry(
+                Lending(
+                    stock,
+                    functools.partial(add_block, done),
+                    first,
+                    num_units=carrier.count,
+                    ships=carrier.kind == "cpu",
+                )
+            )
         value = merge.finish(done.part(stock.num_known))
     return Folded(
         value=value,
@@ -210,7 +218,7 @@ def _rounds(f: Any, rows: Iterator[Any], merge: _Rows, asked: Carrier | None, co
                 carry(
                     Lending(
                         stock,
-                        lambda level, index, part, blocks=blocks: blocks.append((level, index, part)),  # type: ignore[misc]
+                        lambda level, index, part, place, blocks=blocks: blocks.append((level, index, part)),  # type: ignore[misc]
                         first,
                         num_units=carrier.count,
                         ships=carrier.kind == "cpu",

@@ -10,9 +10,9 @@ import cloudpickle
 
 from fanfold.engine.engine import Assignment
 from fanfold.engine.schedule import Compute, Schedule
-from fanfold.errors import FanfoldError, PieceFailed, PlanError, cause_line
+from fanfold.errors import PieceFailed, PlanError, cause_line
 from fanfold.events import BatchBegun, Event
-from fanfold.job.piecework import Broken, Lent, at
+from fanfold.job.piecework import Broken, Lent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fanfold.data.pieces import Stock
     from fanfold.engine.engine import Failure
     from fanfold.plan.plan import Unit
+    from fanfold.split.piece import Place
 
 _MAX_DEATHS = 2  # of the units that computed one piece
 _ONE_PART = 1 << 60  # windows: parts are a job's matter, nothing is assembled here
@@ -27,10 +28,11 @@ _ONE_PART = 1 << 60  # windows: parts are a job's matter, nothing is assembled h
 
 @dataclass
 class Lending:
-    """Pieces from `first` on, up to `stop` (None: all there are), as windows of a schedule; blocks go to `take`."""
+    """Pieces from `first` on, up to `stop` (None: all there are), as windows of a schedule; blocks go to `take`,
+    with the place of their lease's first piece."""
 
     stock: Stock
-    take: Callable[[int, int, Any], None]
+    take: Callable[[int, int, Any, Place], None]
     first: int
     num_units: int
     stop: int | None = None
@@ -106,10 +108,7 @@ class Lending:
                 first = self._firsts[lease.window]
                 self.stock.forget(first + lease.first, first + last)
                 for level, index, part in blocks:
-                    try:
-                        self.take(level, index, part)
-                    except FanfoldError as error:
-                        raise at(assignment.detail.places[0], error) from None
+                    self.take(level, index, part, assignment.detail.places[0])
 
     def failed(self, unit: Unit, assignment: Assignment, failure: Failure) -> None:
         raise failure.error

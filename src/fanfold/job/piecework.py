@@ -66,11 +66,18 @@ def compute_piece(call: Callable[[Any], Any], value: Any, merge: Any, place: Pla
     try:
         return merge.lift(result, place.rows)
     except FanfoldError as error:
-        raise at(place, error) from None
+        raise _at(place, error) from None
 
 
-def at(place: Place, error: FanfoldError) -> FanfoldError:
-    """The error, with the piece that it is about."""
+def add_block(parts: OrderedFold[Any], level: int, index: int, part: Any, place: Place) -> None:
+    """As OrderedFold.add_block; parts that do not go together are an error that names the piece."""
+    try:
+        parts.add_block(level, index, part)
+    except FanfoldError as error:
+        raise _at(place, error) from None
+
+
+def _at(place: Place, error: FanfoldError) -> FanfoldError:
     return type(error)(f"{error.asked}, {place}", found=error.found, allowed=error.allowed, do=error.do)
 
 
@@ -126,10 +133,7 @@ class PieceWork:
         for last, place, item in zip(range(lease.first, lease.last + 1), lent.places, lent.items, strict=True):
             desk.at(last, 0)
             part = compute_piece(call, self.read(place.piece, item), self.merge, place)
-            try:
-                parts.add_block(0, place.piece, part)
-            except FanfoldError as error:  # it does not go with those before it
-                raise at(place, error) from None
+            add_block(parts, 0, place.piece, part, place)
             if desk.stopping():
                 break
         return last, parts.blocks(), time.perf_counter() - begun_s
