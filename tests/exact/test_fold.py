@@ -328,3 +328,12 @@ def test_what_cannot_be_cut_into_pieces_is_refused(x):
     with pytest.raises(PlanError, match="split data") as caught:
         ff.fold(gauss, x, ff.Mean())
     assert "list(x)" in str(caught.value)
+
+
+@pytest.mark.parametrize("on", WHERE)
+def test_a_fold_inside_a_function_that_is_folded_runs_where_it_can(on):
+    def inner(piece):
+        return [ff.fold(np.exp, np.arange(row % 3 + 1.0), ff.Sum()) for row in piece]
+
+    rows = list(range(60))
+    assert ff.map(inner, rows, on=on) == inner(rows)

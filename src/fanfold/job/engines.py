@@ -38,6 +38,11 @@ def is_warm() -> bool:
     return _warm is not None and bool(_warm.units)
 
 
+def in_worker() -> bool:
+    """Whether this process is a worker itself."""
+    return bool(os.environ.get(IN_WORKER))
+
+
 def hold() -> threading.RLock:
     """One job at a time uses the warm workers."""
     return _lock
@@ -45,7 +50,7 @@ def hold() -> threading.RLock:
 
 def _local(imports: tuple[str, ...], threads: int) -> Local:
     global _warm, _timer, _used_s
-    if os.environ.get(IN_WORKER):
+    if in_worker():
         raise PlanError(
             "a job inside a worker",
             found="a module that starts a job whenever it is imported, or a task that starts one",

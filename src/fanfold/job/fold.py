@@ -298,7 +298,8 @@ def _checked(f: Any, merge: Any) -> Any:
 
 @functools.cache
 def _cores() -> int:
-    return discover().cores
+    """That this process may use: a worker has one, the others are taken."""
+    return 1 if engines.in_worker() else discover().cores
 
 
 # -- carrying out -------------------------------------------------------------------------------------
