@@ -108,7 +108,7 @@ def numbers(count):
         )
     one_call = {"the article: Pool().map, scalars": lambda: article(x)} if count <= 1_000_000 else {}
     ff.fold(gauss, x, mean)  # the choice for this function is known from here on
-    repeats = max(1, 20_000 // count)
+    repeats = max(1, 200_000 // count)
     medians = interleaved(
         {name: (lambda call=call: [call() for _ in range(repeats)]) for name, call in contenders.items()},
         turns=7 if count > 10_000_000 else 15,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import traceback
 
@@ -337,3 +339,29 @@ def test_a_fold_inside_a_function_that_is_folded_runs_where_it_can(on):
 
     rows = list(range(60))
     assert ff.map(inner, rows, on=on) == inner(rows)
+
+
+FORKED = """
+import os, sys
+import numpy as np
+import fanfold as ff
+
+x = np.arange(100_000.0)
+ff.fold(lambda p: p, x, ff.Sum(), on="cpu:2")
+pid = os.fork()
+factor = 5 if pid else 2
+for _ in range(4):
+    assert ff.fold(lambda p: p * factor, x, ff.Sum(), on="cpu:2") == factor * x.sum()
+if not pid:
+    ff.shutdown()
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+assert ff.fold(lambda p: p, x, ff.Sum(), on="cpu:2") == x.sum()
+print("both")
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_forks_has_workers_of_its_own_in_both_halves():
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "both\n", done.stderr

@@ -320,6 +320,12 @@ class Local:
     def start_group(self, program: Program, size: int) -> GroupHandle:
         return Group(self._supervisor, self._seats[0].unit, program, size)
 
+    def forget(self) -> None:
+        """In a forked child: no end of the parent's channels stays open here, no process is touched."""
+        for seat in self._seats:
+            self._drop(seat)
+        self._supervisor.forget()
+
     def close(self) -> None:
         for seat in self._seats:
             self._dismiss(seat)

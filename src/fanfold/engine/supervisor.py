@@ -280,6 +280,13 @@ class Supervisor:
                         ended.exit_code = code
         return True
 
+    def forget(self) -> None:
+        """In a forked child: our ends are closed here, the zygote goes on serving the parent."""
+        if self._zygote is not None:
+            self._zygote.returncode = 0  # nothing to wait for, and nothing to warn of
+            self._zygote = None
+        self._forget_zygote()
+
     def _forget_zygote(self) -> None:
         if self._zygote_channel is not None:
             self._zygote_channel.close()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _PROBE_S = 0.005  # a function that is through sooner is not worth a second unit
 _START_S = 0.15  # worker processes that are not there yet (docs/log.md)
 _WARM_S = 0.02
+_AFRESH_S = 0.1  # more work than this is worth another look at a known function: its parts are kept anyway
 _MAX_KNOWN = 256
 
 _known: dict[Any, tuple[float, float, float]] = {}  # function and data -> seconds a row, speed-up, bytes a row
@@ -34,14 +35,15 @@ _known: dict[Any, tuple[float, float, float]] = {}  # function and data -> secon
 def probe(
     f: Any, here: Callable[[], Any], stock: Stock, merge: Any, done: OrderedFold[Any], cores: int
 ) -> tuple[Carrier, int]:
-    """Computes the first pieces, keeps their parts, and chooses; what is known from before is not probed.
+    """Computes the first pieces, keeps their parts, and chooses; little work for a known function is not probed.
 
     The carrier, and the first piece that is left. A choice is remembered by the code and the kind of rows, so that
     the same lambda, made again, is known.
     """
     key = (code_of(f) or (f if isinstance(f, type) else type(f)), *_rows_like(stock))
     first = 0
-    if key not in _known:
+    known = _known.get(key)
+    if known is None or known[0] * stock.rows_left(0) > _AFRESH_S:
         elapsed_s, rows = 0.0, 0
         while (first < 2 or elapsed_s < _PROBE_S / 5) and _there(stock, first):
             begun_s = time.perf_counter()

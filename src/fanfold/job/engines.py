@@ -109,4 +109,16 @@ def shutdown() -> None:
             _warm = None
 
 
+def _forget() -> None:
+    """In a child that was forked: the workers are its parent's, it makes its own."""
+    global _warm, _timer, _lock
+    _lock = threading.RLock()
+    _timer = None
+    if _warm is not None:
+        _warm.forget()
+        _warm = None
+
+
 atexit.register(shutdown)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

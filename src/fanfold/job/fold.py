@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -162,6 +163,8 @@ def _run(f: Any, x: Any, merge: Any, num_pieces: int | None, on: str) -> Folded:
         done: OrderedFold[Any] = OrderedFold(merge)
         here = functools.cache(lambda: made(f))  # the function in the calling thread, made at most once
         first = 0
+        if "numpy" in sys.modules:
+            _keep_heap()
         if asked is not None:
             carrier = asked
         elif stock.num_known == 1 and not stock.more():
@@ -312,7 +315,6 @@ def _carrying(
     if carrier.kind == "cpu":
         return _in_processes(carrier.count, f, stock, merge, stack)
     if carrier.kind == "inline":
-        _keep_heap()
         inline, work = Inline(), PieceWork(f=here(), read=stock.read, merge=merge)
         return lambda agenda: inline.carry_out(work, agenda)
     threads, work = Threads(units_of("threads", carrier.count)), PieceWork(f=f, read=stock.read, merge=merge)
@@ -326,9 +328,7 @@ def _keep_heap() -> None:
     glibc gives the main thread's memory back when 128 KiB are free at its end, and takes it again for the next piece;
     a block of 4 MB that was mapped and freed raises that limit (mallopt(3), M_TRIM_THRESHOLD).
     """
-    import numpy as np
-
-    np.empty(4 << 20, np.uint8)
+    sys.modules["numpy"].empty(4 << 20, "uint8")
 
 
 def _in_processes(num_units: int, f: Any, stock: Stock, merge: Any, stack: ExitStack) -> Callable[[Lending], None]:
