@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import random
 
 import pytest
@@ -25,3 +27,23 @@ def pytest_report_header(config):
 def seed(request):
     """The run's seed."""
     return request.config.seed
+
+
+@functools.cache
+def _why_no_spark():
+    """Why Spark cannot run here; None where it can."""
+    if importlib.util.find_spec("pyspark") is None:
+        return "pyspark is not installed: pip install 'fanfold[spark]'"
+    from fanfold.engine.spark import check_java
+    from fanfold.errors import PlanError
+
+    try:
+        check_java("local[1]")
+    except PlanError as error:
+        return f"SPARK IS NOT TESTED: {error.found}; {error.do}"
+    return None
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("spark") and (why := _why_no_spark()):
+        pytest.skip(why)

@@ -69,7 +69,8 @@ def fold(f: Any, x: Any, merge: Any, *, pieces: int | None = None, on: str = "au
     `f` gets a piece, of the kind of `x`: a read-only view of an array, a list, a table; a class is made once per
     unit and its object called. Merges take one value per row, axis 0 the piece's rows, unless told otherwise
     (`Mean(of="pieces")`). A dict of merges gives a dict of results. Pieces depend on the data alone and join in
-    a fixed tree, so the bits do not depend on `on`: auto, inline, threads[:N], cpu[:N].
+    a fixed tree, so the bits do not depend on `on`: auto, inline, threads[:N], cpu[:N],
+    or a Spark master (spark://HOST:PORT, local[N], ...).
     `explain=True` returns a `Folded`: the value, where it was computed, and why there.
     Raises: PieceFailed where f raises or kills its process; DataError, PlanError.
     """
@@ -163,10 +164,10 @@ def _is_loaded(f: Any) -> bool:
     return isinstance(f, type) and any("__call__" in vars(kind) for kind in f.__mro__)
 
 
-def _made(f: Any) -> Callable[[Any], Any]:
+def made(f: Any) -> Callable[[Any], Any]:
     """What a unit calls with pieces: for a class an object of it."""
     if isinstance(f, _EachRow):
-        return _EachRow(_made(f.f))
+        return _EachRow(made(f.f))
     return f() if _is_loaded(f) else f  # type: ignore[no-any-return]
 
 
@@ -198,7 +199,7 @@ def _run(f: Any, x: Any, merge: Any, num_pieces: int | None, on: str) -> Folded:
         x = list(x)
     source = pieces_of(x, num_pieces)
     count = source.cuts.num_pieces
-    here = functools.cache(lambda: _made(f))  # the function in the calling thread, made at most once
+    here = functools.cache(lambda: made(f))  # the function in the calling thread, made at most once
     with ExitStack() as stack:
         stack.enter_context(held_threads(1, verify=False))
         if count <= 1 and (asked is None or asked.kind == "inline"):
@@ -210,10 +211,9 @@ def _run(f: Any, x: Any, merge: Any, num_pieces: int | None, on: str) -> Folded:
             if first < count:
                 _carry(carrier, here() if carrier.kind == "inline" else f, source, merge, done, first, stack)
             value = merge.finish(done.part(count))
-    where = carrier.kind if carrier.kind == "inline" else f"{carrier.kind}:{carrier.count}"
     return Folded(
         value=value,
-        on=where,
+        on=carrier.shown,
         reason=carrier.reason,
         num_rows=source.cuts.num_rows,
         num_pieces=count,
@@ -377,9 +377,9 @@ def _carry(
     carrier: Carrier, f: Any, source: Pieces, merge: Any, done: OrderedFold[Any], first: int, stack: ExitStack
 ) -> None:
     count = source.cuts.num_pieces
-    agenda = _Agenda(source, done, first, count, num_units=carrier.count)
+    agenda = _Agenda(source, done, first, count, num_units=max(1, carrier.count))
     engine: Engine
-    if carrier.kind != "cpu":
+    if carrier.kind not in ("cpu", "spark"):
         engine = Inline() if carrier.kind == "inline" else Threads(_units("threads", carrier.count))
         engine.carry_out(_Work(f=f, source=source, merge=merge), agenda)
         return
@@ -387,29 +387,35 @@ def _carry(
         body = cloudpickle.dumps((f, merge))
     except Exception as error:
         raise PlanError(
-            f"on=cpu:{carrier.count}",
+            f"on={carrier.shown}",
             found=f"a function that cannot be sent to another process: {cause_line(error)}",
             allowed="functions and data that can be pickled",
             do="open files, locks and connections inside the function, or use on='threads'",
         ) from error
-    if source.kind == "array":
+    if source.kind == "array" and carrier.kind == "cpu":
         folder = stack.enter_context(scratch_folder(_room(source.data.nbytes)))
         sent = source.mapped(folder / "array")
     else:
         sent = replace(source, data=None)
         agenda.ships = True
+    work = _Shipped(
+        body=body, source=sent, token=time.monotonic_ns(), file=getattr(_code(f), "co_filename", "<unknown>")
+    )
     stack.enter_context(engines.hold())
-    local = engines.engine_for("local", imports=("fanfold.job.fold", "numpy"), threads=1)
-    assert not isinstance(local, Inline)
-    local.resize(_units("cpu", carrier.count))
-    local.limit(memory_bytes=None, timeout_batch_s=_FOREVER_S)
+    imports = ("fanfold.job.fold", "numpy")
     try:
-        local.carry_out(
-            _Shipped(
-                body=body, source=sent, token=time.monotonic_ns(), file=getattr(_code(f), "co_filename", "<unknown>")
-            ),
-            agenda,
-        )
+        if carrier.kind == "spark":
+            spark = engines.spark_for(carrier.master, imports=imports, threads=1)
+            spark.limit(memory_bytes=None, timeout_batch_s=_FOREVER_S)
+            spark.resize(_units("spark", min(spark.cluster.slots, count - first)))
+            agenda.schedule.num_units = len(spark.units)
+            spark.carry_out(work, agenda)
+            return
+        local = engines.engine_for("local", imports=imports, threads=1)
+        assert not isinstance(local, Inline)
+        local.resize(_units("cpu", carrier.count))
+        local.limit(memory_bytes=None, timeout_batch_s=_FOREVER_S)
+        local.carry_out(work, agenda)
     finally:
         engines.touch()
 
@@ -437,7 +443,7 @@ class _Work:
         lease = assignment.instruction
         assert isinstance(lease, Compute)
         if "fold call" not in desk.cache:
-            desk.cache["fold call"] = _made(self.f)
+            desk.cache["fold call"] = made(self.f)
         call = desk.cache["fold call"]
         values: Sequence[Any] | None = assignment.detail
         parts: OrderedFold[Any] = OrderedFold(self.merge)
@@ -470,7 +476,11 @@ class _Shipped:
             desk.cache.pop("fold call", None)  # of the call before
             desk.cache.update({"fold token": self.token, "fold work": work})
         if assignment.detail is not None:
-            assignment = replace(assignment, detail=pickle.loads(assignment.detail))
+            values = pickle.loads(assignment.detail)
+            if self.source.kind == "array":
+                for value in values:
+                    value.flags.writeable = False  # as a view of the whole would be
+            assignment = replace(assignment, detail=values)
         try:
             return desk.cache["fold work"].carry_out(assignment, desk)
         except FanfoldError as error:
