@@ -257,18 +257,22 @@ def _blobs_of(frame: Any) -> list[bytes]:
     return [bytes(row.blob) for row in frame.collect()]
 
 
+def _pickled(value: Any) -> bytes:
+    return bytes(cloudpickle.dumps(value))
+
+
 def _part(body: bytes, index: int, values: Any, rows: int) -> bytes:
     """The partition's part as blocks of the fixed tree, or what f raised: pickled, so that no stage fails of it."""
     from fanfold.job.fold import made
 
     f, merge = pickle.loads(body)
     if not rows:
-        return cloudpickle.dumps(("blocks", [(0, index, merge.empty())]))
+        return _pickled(("blocks", [(0, index, merge.empty())]))
     try:
         part = merge.lift(made(f)(values), rows)
     except Exception as error:
-        return cloudpickle.dumps(("failed", (index, rows, portable(error), traceback.format_exc())))
-    return cloudpickle.dumps(("blocks", [(0, index, part)]))
+        return _pickled(("failed", (index, rows, portable(error), traceback.format_exc())))
+    return _pickled(("blocks", [(0, index, part)]))
 
 
 def _join(body: bytes, left: bytes, right: bytes) -> bytes:
@@ -276,12 +280,12 @@ def _join(body: bytes, left: bytes, right: bytes) -> bytes:
     found = [pickle.loads(blob) for blob in (left, right) if blob]
     failures = [value for kind, value in found if kind == "failed"]
     if failures:
-        return cloudpickle.dumps(("failed", min(failures, key=lambda failure: failure[0])))
+        return _pickled(("failed", min(failures, key=lambda failure: failure[0])))
     folded: OrderedFold[Any] = OrderedFold(pickle.loads(body)[1])
     for _, blocks in found:
         for level, index, part in blocks:
             folded.add_block(level, index, part)
-    return cloudpickle.dumps(("blocks", folded.blocks()))
+    return _pickled(("blocks", folded.blocks()))
 
 
 def _finish(merge: Any, blob: bytes) -> Any:

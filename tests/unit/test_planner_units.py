@@ -93,7 +93,7 @@ def test_other_places_are_refused(text):
         parse_where(text)
     assert error.value.asked == f"--on {text}"
     assert error.value.found == "no such place to run"
-    assert error.value.allowed == "inline, cpu, cpu:N, cuda, cuda:0,1"
+    assert error.value.allowed.startswith("inline, cpu, cpu:N, cuda, cuda:0,1, spark://HOST:PORT, ")
     assert error.value.do == "leave --on away to use all allowed cores"
 
 

@@ -8,6 +8,7 @@ and Python workers that are gone. Bulk data never crosses the driver.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import pickle
 import queue
@@ -80,6 +81,8 @@ class Spark:
         with warnings.catch_warnings():  # pyspark imports its pandas part, and that complains of pandas 3
             warnings.simplefilter("ignore", FutureWarning)
             extras.need("pyspark", extra="spark", purpose=f"--on {master}")
+            if extras.has("pyspark.testing.utils"):  # its conversion of values to Java imports this, sooner or later
+                importlib.import_module("pyspark.testing.utils")
         check_java(master)
         reach(master)
         try:
