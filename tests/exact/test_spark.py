@@ -1,0 +1,329 @@
+"""On Spark as inline: the real model from the command line, functions of one's own, DataFrames and RDDs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+import fanfold as ff
+import fanfold.spark
+from fanfold.engine import post
+from fanfold.engine.spark import Spark, _spark_home
+from fanfold.errors import PieceFailed, PlanError
+from fanfold.job import engines
+from fanfold.merge import fold as fold_parts
+from fanfold.testing.fakes import FakeTask
+
+pytestmark = [
+    pytest.mark.spark,
+    pytest.mark.torch,
+    pytest.mark.timeout(280),
+    pytest.mark.filterwarnings("ignore:PySpark does not yet fully support pandas"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # py4j leaves its sockets to the collector
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+CLUSTER = "local-cluster[2,1,1024]"
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "on", "through", "grass"]
+
+
+def texts(count):
+    return [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(1 + i * i % 60)) for i in range(count)]
+
+
+def write(path, count):
+    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts(count))))
+    return path
+
+
+def command(*words, **variables):
+    run = [sys.executable, "-m", "fanfold.cli.main", *map(str, words)]
+    return subprocess.run(run, capture_output=True, text=True, env={**os.environ, **variables}, timeout=200)
+
+
+def sha256_of(out):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((out / "data").iterdir())}
+
+
+# -- the command line -------------------------------------------------------------------------------------
+
+
+def test_embed_on_two_executors_writes_the_files_of_inline(tmp_path):
+    inputs = write(tmp_path / "in.jsonl", 300)
+    assert command("embed", inputs, "-o", tmp_path / "inline", "--on", "inline").returncode == 0
+    done = command("embed", inputs, "-o", tmp_path / "spark", "--on", CLUSTER, "--json")
+    assert done.returncode == 0, done.stderr
+    assert sha256_of(tmp_path / "spark") == sha256_of(tmp_path / "inline")
+    summary = json.loads(done.stdout)
+    assert (summary["units_used"], summary["level"], summary["retries"]) == (2, "B", {})
+    assert "2 executor(s) with 2 slot(s) of 1 core(s)" in done.stderr
+    assert "FutureWarning" not in done.stderr
+    again = command("embed", inputs, "-o", tmp_path / "spark", "--on", "cpu:2")
+    assert again.returncode == 0
+    assert "already finished" in again.stderr
+
+
+@pytest.fixture(scope="module")
+def standalone(tmp_path_factory):
+    """A master and a worker with two cores: processes of their own, as on a real cluster."""
+    folder = tmp_path_factory.mktemp("standalone")
+    home = _spark_home(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {**os.environ, "SPARK_HOME": str(home), "SPARK_LOCAL_IP": "127.0.0.1", "SPARK_NO_DAEMONIZE": "1"}
+    start = [str(home / "bin" / "spark-class"), "org.apache.spark.deploy."]
+    master = f"spark://127.0.0.1:{port}"
+    log = (folder / "log").open("wb")
+    words = [
+        [start[0], f"{start[1]}master.Master", "--host", "127.0.0.1", "--port", str(port), "--webui-port", "0"],
+        [start[0], f"{start[1]}worker.Worker", "-c", "2", "-m", "2g", "--webui-port", "0", "-d", str(folder), master],
+    ]
+    processes = [subprocess.Popen(each, env=variables, stdout=log, stderr=log) for each in words]
+    deadline_s = time.monotonic() + 60
+    while b"Successfully registered with master" not in (folder / "log").read_bytes():
+        assert time.monotonic() < deadline_s, (folder / "log").read_text()
+        time.sleep(0.2)
+    yield master
+    for process in reversed(processes):
+        process.terminate()
+        process.wait(20)
+    log.close()
+
+
+def test_embed_on_a_standalone_master_writes_the_files_of_inline(tmp_path, standalone):
+    inputs = write(tmp_path / "in.jsonl", 100)
+    assert command("embed", inputs, "-o", tmp_path / "inline", "--on", "inline").returncode == 0
+    done = command("embed", inputs, "-o", tmp_path / "spark", "--on", standalone, SPARK_LOCAL_IP="127.0.0.1")
+    assert done.returncode == 0, done.stderr
+    assert sha256_of(tmp_path / "spark") == sha256_of(tmp_path / "inline")
+    assert f"warning: spark.authenticate is off on {standalone}" in done.stderr
+
+
+def test_machine_shows_the_executors_of_a_master(standalone):
+    done = command("machine", "--on", standalone, SPARK_LOCAL_IP="127.0.0.1")
+    assert done.returncode == 0, done.stderr
+    assert f"spark:    {standalone}, 1 executor(s), 2 slot(s)" in done.stdout
+    assert "2 core(s)" in done.stdout
+    assert "warning: spark.authenticate is off" in done.stdout
+
+
+def test_a_python_without_the_packages_is_refused_by_name(tmp_path):
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    inputs = write(tmp_path / "in.jsonl", 10)
+    python = str(bare / "bin" / "python")
+    done = command("embed", inputs, "-o", tmp_path / "out", "--on", "local[2]", PYSPARK_PYTHON=python)
+    assert done.returncode == 2, done.stderr
+    assert "the executors' Python does not answer" in done.stderr
+    assert "No module named" in done.stderr
+    assert python in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# -- one context for the rest -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ours():
+    yield
+    engines.shutdown()
+
+
+def test_a_function_mapped_on_executors_gives_the_bits_of_inline(ours):
+    x = np.random.default_rng(0).normal(size=200_000)
+
+    def f(piece):
+        return np.exp(-(piece**2)) + np.cumsum(piece)
+
+    here, there = ff.map(f, x, on="inline"), ff.map(f, x, on=CLUSTER)
+    assert here.tobytes() == there.tobytes()
+    rows = [f"row {i}" for i in range(1000)]
+    assert ff.map(lambda row: row[::-1], rows, each=True, on=CLUSTER) == [row[::-1] for row in rows]
+    found = ff.fold(np.sin, x, {"mean": ff.Mean(), "rows": ff.Count()}, on=CLUSTER, explain=True)
+    assert found.value == ff.fold(np.sin, x, {"mean": ff.Mean(), "rows": ff.Count()}, on="inline")
+    assert found.on == CLUSTER
+
+
+def test_a_function_that_writes_to_its_piece_or_raises_is_told(ours):
+    x = np.ones(100_000)
+
+    def writes(piece):
+        piece += 1
+        return piece
+
+    with pytest.raises(PieceFailed) as caught:
+        ff.map(writes, x, on=CLUSTER)
+    assert "change a copy" in caught.value.do
+
+
+def test_a_folder_that_executors_do_not_share_is_refused_before_anything_is_written(tmp_path, ours):
+    engines.shutdown()
+    spark = Spark(CLUSTER, imports=FakeTask().imports)
+    try:
+        with pytest.raises(PlanError) as caught:
+            # Each process has its own: the driver's is this one, an executor's its work folder.
+            spark.roll_call(folder=Path("/proc/self/cwd"))
+        assert "2 of 2 slots do not share it with the driver" in caught.value.found
+        assert not list(Path.cwd().glob(".probe-*"))
+        members = spark.roll_call(tmp_path)
+        assert len({member.place.executor for member in members}) == 2
+        assert not list(tmp_path.iterdir())
+    finally:
+        spark.close()
+
+
+def test_versions_that_differ_from_the_executors_are_refused(monkeypatch, ours):
+    engines.shutdown()
+    spark = Spark("local[1]")
+    try:
+        real = post.software
+        other = post.Software(python="3.9.1", packages=(("fanfold", "0.0.1"), *real(()).packages[1:]))
+        monkeypatch.setattr(post, "software", lambda imports: other)
+        with pytest.raises(PlanError) as caught:
+            spark.roll_call()
+        assert f"fanfold {ff.__version__}, the driver has 0.0.1" in caught.value.found
+        assert "the driver has 3.9.1" in caught.value.found
+    finally:
+        spark.close()
+
+
+def test_more_threads_a_unit_than_cores_an_executor_are_refused(ours):
+    with pytest.raises(PlanError) as caught:
+        Spark("local[2]", threads=3)
+    assert "core" in caught.value.found
+
+
+# -- DataFrames and RDDs of a session that the caller has -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def session():
+    engines.shutdown()
+    from pyspark.sql import SparkSession
+
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    made = (
+        SparkSession.builder.master("local[2]")
+        .config("spark.ui.enabled", "false")
+        .config("spark.driver.bindAddress", "127.0.0.1")
+        .config("spark.driver.host", "127.0.0.1")
+        .config("spark.log.level", "ERROR")
+        .getOrCreate()
+    )
+    yield made
+    made.stop()
+    from pyspark import SparkContext
+
+    gateway, SparkContext._gateway, SparkContext._jvm = SparkContext._gateway, None, None
+    gateway.shutdown()
+    gateway.proc.stdin.close()
+    gateway.proc.wait(20)
+
+
+def test_embed_adds_two_columns_lazily_and_keeps_rows_in_order(session):
+    rows = [(i, text) for i, text in enumerate(texts(150))]
+    rows[40] = (40, None)
+    df = session.createDataFrame(rows, "id int, text string").coalesce(1)
+    begun_s = time.monotonic()
+    lazy = fanfold.spark.embed(df, column="text")
+    assert time.monotonic() - begun_s < 5
+    assert lazy.schema.simpleString() == "struct<id:int,text:string,embedding:array<float>,error:string>"
+    table = lazy.toArrow()
+    assert table.column("id").to_pylist() == list(range(150))
+    errors = table.column("error").to_pylist()
+    assert [i for i, error in enumerate(errors) if error is not None] == [40]
+    assert errors[40].startswith("NullText")
+    found = table.column("embedding").to_pylist()
+    assert found[40] is None
+    reference = ff.embed([text for _, text in rows], on="inline", on_error="null")
+    good = [i for i in range(150) if i != 40]
+    # one window of the same rows: the same batches, the same bytes
+    assert np.array([found[i] for i in good], dtype=np.float32).tobytes() == reference[good].tobytes()
+
+
+def test_embed_of_wide_rows_sends_batches_of_bounded_size(session):
+    df = session.range(300).selectExpr("id", "repeat('x', 200000) as wide", "concat('row ', id) as text").coalesce(1)
+
+    def size_of(batches):  # nested: it travels by value
+        import pyarrow as pa
+
+        for batch in batches:
+            sizes = [pa.array([batch.num_rows], pa.int32()), pa.array([batch.nbytes])]
+            yield pa.record_batch(sizes, names=["rows", "bytes"])
+
+    sizes = fanfold.spark.embed(df).mapInArrow(size_of, "rows int, bytes long").collect()
+    assert sum(size.rows for size in sizes) == 300
+    assert max(size.bytes for size in sizes) < 20_000_000
+    assert len(sizes) > 3
+
+
+def test_rows_that_are_all_bad_do_not_fail_the_stage(session):
+    df = session.createDataFrame([(None,), (None,)], "text string")
+    found = fanfold.spark.embed(df, output="v", error="why").collect()
+    assert [row.v for row in found] == [None, None]
+    assert all(row.why.startswith("NullText") for row in found)
+
+
+def test_embed_refuses_what_it_cannot_take(session):
+    df = session.range(3)
+    with pytest.raises(PlanError) as caught:
+        fanfold.spark.embed(df, column="id")
+    assert caught.value.found == "it is bigint"
+    with pytest.raises(PlanError) as caught:
+        fanfold.spark.embed(df.selectExpr("'a' as text", "id as error"))
+    assert "df has error already" in caught.value.found
+    with pytest.raises(PlanError) as caught:
+        fanfold.spark.embed(df.selectExpr("'a' as text"), chunk=3)
+    assert "chunk" in caught.value.asked
+
+
+@pytest.mark.parametrize("slices", [1, 2, 7])
+def test_fold_over_an_rdd_has_the_bits_of_the_fixed_tree(session, slices):
+    x = np.random.default_rng(1).normal(size=10_000) * 1e8
+    rdd = session.sparkContext.parallelize(x.tolist(), slices)
+    merge = ff.Mean()
+    parts = [merge.lift(np.sin(np.array(part)), len(part)) for part in rdd.glom().collect()]
+    expected = merge.finish(fold_parts(merge, parts))
+    assert fanfold.spark.fold(rdd, lambda rows: np.sin(np.array(rows)), merge) == expected
+
+
+def test_fold_over_a_data_frame_takes_arrow_tables_and_several_merges(session):
+    df = session.range(1000, numPartitions=5)
+    found = fanfold.spark.fold(df, lambda t: t.column("id").to_numpy(), {"mean": ff.Mean(), "all": ff.Concat()})
+    assert found["mean"] == 499.5
+    assert found["all"].tolist() == list(range(1000))
+    assert fanfold.spark.fold(df.where("id < 0"), lambda t: t.column("id").to_numpy(), ff.Count()) == 0
+
+
+def test_fold_names_the_partition_whose_function_raised(session):
+    rdd = session.sparkContext.parallelize(range(8), 4)
+    with pytest.raises(PieceFailed) as caught:
+        fanfold.spark.fold(rdd, lambda rows: [1 / (row - 5) for row in rows], ff.Sum())
+    assert "partition 2 (2 row(s))" in str(caught.value)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_job_of_ours_beside_a_session_is_refused_with_what_to_do(session):
+    with pytest.raises(PlanError) as caught:
+        ff.map(len, ["a"], on="local[1]")
+    assert "fanfold.spark.embed(df, ...)" in caught.value.do
+    assert not [child for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE]
+
+
+def test_the_output_of_a_job_is_readable_by_spark(tmp_path, session):
+    inputs = write(tmp_path / "in.jsonl", 20)
+    assert command("embed", inputs, "-o", tmp_path / "out", "--on", "inline").returncode == 0
+    read = session.read.parquet(str(tmp_path / "out" / "data")).orderBy("row").collect()
+    table = pq.read_table(tmp_path / "out" / "data")
+    assert [row.embedding for row in read] == table.column("embedding").to_pylist()
