@@ -53,6 +53,7 @@ _BUSY_POLL_S = 0.5
 _STOP_GRACE_S = 10.0
 _MAX_EARLY_DEATHS = 3
 _CLOSE_S = 20.0
+_MOST_SOCKET_FOLDER = 60  # the name of a socket has 107 bytes, Spark adds 42
 _LOCAL = re.compile(r"local(\[.*\])?|local-cluster\[.*\]")
 
 
@@ -620,6 +621,8 @@ def settings_for(master: str, *, imports: tuple[str, ...], threads: int, folder:
         "spark.python.use.daemon": "true",
         "spark.python.daemon.module": "fanfold.engine._spark_daemon",
         "spark.python.worker.faulthandler.enabled": "true",
+        # Spark 4.1 and newer; over TCP each task waits some 40 ms for acknowledgements (docs/log.md).
+        "spark.python.unix.domain.socket.enabled": "true",
         **{f"spark.executorEnv.{name}": value for name, value in variables.items()},
     }
     if _is_local(master):
@@ -628,6 +631,8 @@ def settings_for(master: str, *, imports: tuple[str, ...], threads: int, folder:
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.local.dir": str(folder / "spark"),
         }
+        if len(str(folder)) < _MOST_SOCKET_FOLDER:
+            settings["spark.python.unix.domain.socket.dir"] = str(folder)
     return settings
 
 

@@ -18,7 +18,7 @@ from fanfold.data.durable import storage_error
 from fanfold.data.folder import QUARANTINE, RUN, SUCCESS, SUMMARY, Output, open_run, read_json, write_json
 from fanfold.data.opening import open_source
 from fanfold.engine.local import Local
-from fanfold.engine.schedule import Schedule
+from fanfold.engine.schedule import LEASE_S, Schedule
 from fanfold.errors import DataError, InputError, PlanError, RequestError, ResumeError, Stopped
 from fanfold.job import engines
 from fanfold.job.agenda import JobAgenda
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 _SCAN_AHEAD = 64  # windows; a spooled input is held on disk, so fewer
 _SPOOL_AHEAD = 3
+_SPARK_LEASE_S = 4.0  # a lease is a Spark job, which costs some 50 ms (docs/log.md)
 _UNITS_PER_WINDOW = 8  # a window holds some 60 pieces; while units compute it, the next ones are prepared
 
 
@@ -213,6 +214,7 @@ def _carry_out(
             windows_per_part=numerics.windows_per_part,
             look_ahead=max(2, num_units // _UNITS_PER_WINDOW),
             borders=borders(settled),
+            lease_s=_SPARK_LEASE_S if plan.engine == "spark" else LEASE_S,
         ),
         suffix=work.output.format,
         on_error=request.on_error,
