@@ -34,7 +34,7 @@ def _why_no_spark():
     """Why Spark cannot run here; None where it can."""
     if importlib.util.find_spec("pyspark") is None:
         return "pyspark is not installed: pip install 'fanfold[spark]'"
-    from fanfold.engine.spark import check_java
+    from fanfold.engine.spark_java import check_java
     from fanfold.errors import PlanError
 
     try:

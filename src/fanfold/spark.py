@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import pickle
+import re
 import traceback
 from typing import TYPE_CHECKING, Any
 
@@ -98,12 +99,13 @@ def fold(data: Any, f: Any, merge: Any) -> Any:
     if isinstance(merge, Any_Mapping):
         merge = Record(merge)
     body = cloudpickle.dumps((f, merge))
-    if hasattr(data, "mapPartitionsWithIndex"):
+    # Asked of the class: a DataFrame of Spark Connect has a column for every name.
+    if hasattr(type(data), "mapPartitionsWithIndex"):
         count = data.getNumPartitions()
         blobs = data.mapPartitionsWithIndex(functools.partial(_fold_rows, body))
-    elif hasattr(data, "mapInArrow"):
+    elif hasattr(type(data), "mapInArrow"):
         frame = data.mapInArrow(functools.partial(_fold_frame, body), "blob binary")
-        if not hasattr(frame, "_jdf"):  # Spark Connect has no RDDs: the parts are joined here
+        if type(frame).__module__.startswith("pyspark.sql.connect"):  # it has no RDDs: the parts are joined here
             return _finish(merge, functools.reduce(functools.partial(_join, body), _blobs_of(frame), b""))
         count = data.rdd.getNumPartitions()
         blobs = frame.rdd.map(_blob_of)
@@ -223,7 +225,8 @@ def _embed_window(task: Any, texts: pa.ChunkedArray, request: Mapping[str, Any])
         if (out / QUARANTINE).exists():
             for line in (out / QUARANTINE).read_text(encoding="ascii").splitlines():
                 failure = json.loads(line)
-                errors[failure["row"]] = f"{failure['error']}: {failure['message']}"
+                message = re.sub(rf"^{re.escape(str(path))}, row \d+: ", "", failure["message"])  # not the user's rows
+                errors[failure["row"]] = f"{failure['error']}: {message}"
         if vectors is None:
             vectors = pa.concat_arrays(read_output(out).column(task.columns[0].name).chunks)
     return vectors, pa.array(errors, pa.string())

@@ -38,6 +38,8 @@ PACKAGES = {
     "engine": {"numpy", "pyarrow", "psutil", "threadpoolctl", "cloudpickle"},
     "engine/cuda.py": TORCH,
     "engine/spark.py": {"pyspark"},
+    "engine/spark_java.py": {"pyspark"},
+    "engine/spark_run.py": {"pyspark"},
     "engine/_spark_daemon.py": {"pyspark"},  # runs in the executors
     "parallel": {"numpy", *TORCH},
     "report": {"rich"},

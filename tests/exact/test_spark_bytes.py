@@ -19,7 +19,8 @@ import pytest
 import fanfold as ff
 import fanfold.spark
 from fanfold.engine import post
-from fanfold.engine.spark import Spark, _spark_home
+from fanfold.engine.spark import Spark
+from fanfold.engine.spark_java import spark_home
 from fanfold.errors import PieceFailed, PlanError
 from fanfold.job import engines
 from fanfold.merge import fold as fold_parts
@@ -77,7 +78,7 @@ def test_embed_on_two_executors_writes_the_files_of_inline(tmp_path):
 def standalone(tmp_path_factory):
     """A master and a worker with two cores: processes of their own, as on a real cluster."""
     folder = tmp_path_factory.mktemp("standalone")
-    home = _spark_home(folder)
+    home = spark_home(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -243,7 +244,7 @@ def test_embed_adds_two_columns_lazily_and_keeps_rows_in_order(session):
     assert table.column("id").to_pylist() == list(range(150))
     errors = table.column("error").to_pylist()
     assert [i for i, error in enumerate(errors) if error is not None] == [40]
-    assert errors[40].startswith("NullText")
+    assert errors[40] == "NullText: column 'text' is null"
     found = table.column("embedding").to_pylist()
     assert found[40] is None
     reference = ff.embed([text for _, text in rows], on="inline", on_error="null")
@@ -286,6 +287,49 @@ def test_embed_refuses_what_it_cannot_take(session):
     with pytest.raises(PlanError) as caught:
         fanfold.spark.embed(df.selectExpr("'a' as text"), chunk=3)
     assert "chunk" in caught.value.asked
+
+
+def test_spark_connect_sessions_are_taken_too(tmp_path):
+    """In a process of its own: one process speaks to Spark in one way."""
+    pytest.importorskip("grpc", reason="Spark Connect needs grpcio: pip install 'pyspark[connect]'")
+    python = tmp_path / "python"  # the server's Python workers do not get our environment
+    path = f"{Path(ff.__file__).parents[1]}:$PYTHONPATH"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{path}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    variables = {**os.environ, "PYSPARK_PYTHON": str(python), "SPARK_LOCAL_IP": "127.0.0.1"}
+    done = subprocess.run([sys.executable, "-c", CONNECT], capture_output=True, text=True, env=variables, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "errors": [None, None, None, "NullText: column 'text' is null", None],
+        "widths": [384, 384, 384, None, 384],
+        "fold": [49.5, 100],
+        "cause": "ZeroDivisionError",
+    }
+
+
+CONNECT = """
+import json
+from pyspark.sql import SparkSession
+import fanfold as ff, fanfold.spark
+from fanfold.errors import PieceFailed
+session = SparkSession.builder.remote("local[2]").config("spark.ui.enabled", "false").getOrCreate()
+rows = [(i, None if i == 3 else f"row {i}") for i in range(5)]
+df = session.createDataFrame(rows, "id int, text string").repartition(2)
+found = fanfold.spark.embed(df).orderBy("id").collect()
+ids = lambda table: table.column("id").to_numpy()
+folded = fanfold.spark.fold(session.range(100, numPartitions=4), ids, {"mean": ff.Mean(), "count": ff.Count()})
+try:
+    fanfold.spark.fold(session.range(10, numPartitions=2), lambda table: 1 / 0, ff.Mean())
+except PieceFailed as error:
+    cause = type(error.__cause__).__name__
+print(json.dumps({
+    "errors": [row.error for row in found],
+    "widths": [row.embedding and len(row.embedding) for row in found],
+    "fold": [folded["mean"], folded["count"]],
+    "cause": cause,
+}))
+session.stop()
+"""
 
 
 @pytest.mark.parametrize("slices", [1, 2, 7])

@@ -294,7 +294,6 @@ def test_with_speculation_a_task_and_its_twin_are_one_commit(tmp_path, whole):
         "spark.speculation.interval": "50ms",
         "spark.speculation.task.duration.threshold": "300ms",
         "spark.speculation.minTaskRuntime": "100ms",
-        "spark.log.level": "INFO",
     }
     spark = Spark(CLUSTER, imports=("fanfold.job.ready", *FakeTask().imports), conf=conf)
     engines._spark = spark
@@ -302,14 +301,16 @@ def test_with_speculation_a_task_and_its_twin_are_one_commit(tmp_path, whole):
     spark.cluster = type(spark.cluster)(master=CLUSTER, slots=1, executors=spark.cluster.executors)
     spark.resize((Unit(name="spark:0"),))
     try:
-        run = embed(inputs, tmp_path / "out", task=FakeTask(token_s=2e-5))
-        told = spark._java._log.read_text()
-        assert re.search(r"Starting task 0\.1 in stage", told), "no task had a twin"
+        task = FakeTask(token_s=2e-5, calls_path=str(tmp_path / "calls"))
+        run = embed(inputs, tmp_path / "out", task=task)
     finally:
         engines.shutdown()
     assert run.summary["output_sha256"] == sha256
     assert data_of(tmp_path / "out") == data
     check_log(tmp_path / "out")
+    entries = [json.loads(line[9:]) for line in (tmp_path / "out" / "commits.log").read_bytes().splitlines()]
+    num_batches = sum(len(entry["costs"]) for entry in entries if entry["kind"] == "window")
+    assert (tmp_path / "calls").stat().st_size > num_batches, "no task had a twin"
 
 
 def test_an_executor_that_goes_is_told(tmp_path, whole):

@@ -162,5 +162,5 @@ def test_the_words_of_a_lost_task_are_what_happened_last():
         "stage 5.0 (TID 9) (127.0.0.1 executor 1): ExecutorLostFailure (executor 1 exited) Reason: Command exited with "
         "code 137\n\tat org.apache.spark.A.b(C.scala:1)\nDriver stacktrace:\n\tat x"
     )
-    assert spark._reason(words).startswith("Lost task 0.3 in stage 5.0")
-    assert spark._reason(words).endswith("code 137")
+    assert spark.reason_in(words).startswith("Lost task 0.3 in stage 5.0")
+    assert spark.reason_in(words).endswith("code 137")
