@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import random
+import socket
+import subprocess
+import time
 
 import pytest
 
@@ -47,3 +51,40 @@ def _why_no_spark():
 def pytest_runtest_setup(item):
     if item.get_closest_marker("spark") and (why := _why_no_spark()):
         pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def standalone(tmp_path_factory):
+    """A Spark master with two workers of one core, which it takes for two hosts; all on loopback."""
+    from fanfold.engine.spark_java import spark_home
+
+    folder = tmp_path_factory.mktemp("standalone")
+    spark_class = [str(spark_home(folder) / "bin" / "spark-class")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    master = f"spark://127.0.0.1:{port}"
+    log = (folder / "log").open("wb")
+    processes = []
+
+    def start(host, *words):
+        variables = {**os.environ, "SPARK_HOME": str(folder / "home"), "SPARK_LOCAL_IP": host}
+        command = [*spark_class, *words, "--host", host, "--webui-port", "0"]
+        processes.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log))
+
+    deploy = "org.apache.spark.deploy"
+    try:
+        start("127.0.0.1", f"{deploy}.master.Master", "--port", str(port))
+        for host in ("127.0.0.1", "127.0.0.2"):
+            work = ["-c", "1", "-m", "2g", "-d", str(folder / host)]
+            start(host, f"{deploy}.worker.Worker", master, *work)
+        deadline_s = time.monotonic() + 90
+        while (folder / "log").read_bytes().count(b"Successfully registered with master") < 2:
+            assert time.monotonic() < deadline_s, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield master
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+            process.wait(20)
+        log.close()

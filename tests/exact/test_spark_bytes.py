@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -20,10 +21,10 @@ import fanfold as ff
 import fanfold.spark
 from fanfold.engine import post
 from fanfold.engine.spark import Spark
-from fanfold.engine.spark_java import spark_home
 from fanfold.errors import PieceFailed, PlanError
 from fanfold.job import engines
 from fanfold.merge import fold as fold_parts
+from fanfold.tasks.embed import make_embed
 from fanfold.testing.fakes import FakeTask
 
 pytestmark = [
@@ -74,34 +75,6 @@ def test_embed_on_two_executors_writes_the_files_of_inline(tmp_path):
     assert "already finished" in again.stderr
 
 
-@pytest.fixture(scope="module")
-def standalone(tmp_path_factory):
-    """A master and a worker with two cores: processes of their own, as on a real cluster."""
-    folder = tmp_path_factory.mktemp("standalone")
-    home = spark_home(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    variables = {**os.environ, "SPARK_HOME": str(home), "SPARK_LOCAL_IP": "127.0.0.1", "SPARK_NO_DAEMONIZE": "1"}
-    start = [str(home / "bin" / "spark-class"), "org.apache.spark.deploy."]
-    master = f"spark://127.0.0.1:{port}"
-    log = (folder / "log").open("wb")
-    words = [
-        [start[0], f"{start[1]}master.Master", "--host", "127.0.0.1", "--port", str(port), "--webui-port", "0"],
-        [start[0], f"{start[1]}worker.Worker", "-c", "2", "-m", "2g", "--webui-port", "0", "-d", str(folder), master],
-    ]
-    processes = [subprocess.Popen(each, env=variables, stdout=log, stderr=log) for each in words]
-    deadline_s = time.monotonic() + 60
-    while b"Successfully registered with master" not in (folder / "log").read_bytes():
-        assert time.monotonic() < deadline_s, (folder / "log").read_text()
-        time.sleep(0.2)
-    yield master
-    for process in reversed(processes):
-        process.terminate()
-        process.wait(20)
-    log.close()
-
-
 def test_embed_on_a_standalone_master_writes_the_files_of_inline(tmp_path, standalone):
     inputs = write(tmp_path / "in.jsonl", 100)
     assert command("embed", inputs, "-o", tmp_path / "inline", "--on", "inline").returncode == 0
@@ -114,8 +87,8 @@ def test_embed_on_a_standalone_master_writes_the_files_of_inline(tmp_path, stand
 def test_machine_shows_the_executors_of_a_master(standalone):
     done = command("machine", "--on", standalone, SPARK_LOCAL_IP="127.0.0.1")
     assert done.returncode == 0, done.stderr
-    assert f"spark:    {standalone}, 1 executor(s), 2 slot(s)" in done.stdout
-    assert "2 core(s)" in done.stdout
+    assert f"spark:    {standalone}, 2 executor(s), 2 slot(s)" in done.stdout
+    assert "on 127.0.0.2, 1 core(s)" in done.stdout
     assert "warning: spark.authenticate is off" in done.stdout
 
 
@@ -255,18 +228,18 @@ def test_embed_adds_two_columns_lazily_and_keeps_rows_in_order(session):
 
 def test_embed_of_wide_rows_sends_batches_of_bounded_size(session):
     df = session.range(300).selectExpr("id", "repeat('x', 200000) as wide", "concat('row ', id) as text").coalesce(1)
-
-    def size_of(batches):  # nested: it travels by value
-        import pyarrow as pa
-
-        for batch in batches:
-            sizes = [pa.array([batch.num_rows], pa.int32()), pa.array([batch.nbytes])]
-            yield pa.record_batch(sizes, names=["rows", "bytes"])
-
-    sizes = fanfold.spark.embed(df).mapInArrow(size_of, "rows int, bytes long").collect()
-    assert sum(size.rows for size in sizes) == 300
-    assert max(size.bytes for size in sizes) < 20_000_000
-    assert len(sizes) > 3
+    found = fanfold.spark.embed(df).selectExpr("id", "length(wide) as w", "size(embedding) as d").toArrow()
+    assert found.column("id").to_pylist() == list(range(300))
+    assert set(found.column("w").to_pylist()) == {200_000}
+    assert set(found.column("d").to_pylist()) == {384}
+    # What goes back to Spark, before Spark makes batches of its own of it:
+    wide = pa.record_batch({"wide": ["x" * 200_000] * 300, "text": [f"row {i}" for i in range(300)]})
+    partition = fanfold.spark._embed_partition
+    sent = list(partition(cloudpickle.dumps(make_embed()), "text", ("embedding", "error"), {}, [wide]))
+    engines.shutdown()
+    assert sum(batch.num_rows for batch in sent) == 300
+    assert max(batch.nbytes for batch in sent) <= fanfold.spark._BATCH_BYTES
+    assert len(sent) == 4
 
 
 def test_rows_that_are_all_bad_do_not_fail_the_stage(session):
