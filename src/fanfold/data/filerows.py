@@ -74,12 +74,19 @@ class FileRows:
         """Runs of STEP_ROWS rows, the last may be shorter."""
         return self.source.windows(STEP_ROWS)
 
+    @property
+    def is_spooled(self) -> bool:
+        """Whether windows are read from files of this machine."""
+        return isinstance(self.source, SpoolSource)
+
     def opened(self) -> FileRows:
         """In another process: it opens files as it reads."""
         return self
 
-    def read(self, piece: int, lent: tuple[Window, ...]) -> Any:
+    def read(self, piece: int, lent: tuple[Window, ...] | list[Any]) -> Any:
         """The rows of these consecutive windows: a list, or a table. Raises DataError where a record is none."""
+        if isinstance(lent, list):
+            return lent  # the rows themselves
         if isinstance(self.source, ParquetSource):
             return self._table(self.source, lent)
         rows: list[Any] = []

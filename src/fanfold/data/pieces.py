@@ -39,8 +39,8 @@ class Stock(Protocol):
     def rows_left(self, piece: int) -> float:
         """Rows of this piece and all behind it, as far as they are known, or else guessed."""
 
-    def lent(self, piece: int, ships: bool) -> Any:
-        """What a unit needs of the piece, beside the stock itself or, where it ships to processes, what was `sent`."""
+    def lent(self, piece: int, to: str) -> Any:
+        """What a unit needs of the piece beside the stock itself (`to`: here) or what was sent (host, cluster)."""
 
     def read(self, piece: int, lent: Any) -> Any:
         """The piece, on a unit."""
@@ -48,8 +48,8 @@ class Stock(Protocol):
     def forget(self, first: int, last: int) -> None:
         """These pieces are done."""
 
-    def sent(self, path: Path) -> Any:
-        """What goes to other processes once: `opened()` there, it reads pieces. May write to the path."""
+    def sent(self, path: Path | None) -> Any:
+        """What goes to other processes once: `opened()` there, it reads pieces. An array is written to the path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +77,16 @@ class Pieces:
     def rows_left(self, piece: int) -> float:
         return self.cuts.rows_from(piece)
 
-    def lent(self, piece: int, ships: bool) -> Any:
-        return self._take(piece) if ships and self.kind not in ("array", "tensor") else None
+    def lent(self, piece: int, to: str) -> Any:
+        mapped = to == "host" and self.kind in ("array", "tensor")
+        return None if to == "here" or mapped else self._take(piece)
 
     def read(self, piece: int, lent: Any) -> Any:
-        return self._take(piece) if lent is None else lent
+        if lent is None:
+            return self._take(piece)
+        if self.kind == "array":
+            lent.setflags(write=False)  # as a view of the whole would be
+        return lent
 
     def forget(self, first: int, last: int) -> None:
         pass
@@ -99,9 +104,9 @@ class Pieces:
             return self.data.iloc[start:stop].copy()
         return self.data[start:stop]
 
-    def sent(self, path: Path) -> Pieces:
+    def sent(self, path: Path | None) -> Pieces:
         """The same pieces for other processes: numbers in a file that they map, all else lent piece by piece."""
-        return replace(self, data=MappedArray.of(self.data, path) if self.kind in ("array", "tensor") else None)
+        return replace(self, data=None if path is None else MappedArray.of(self.data, path))
 
     def opened(self) -> Pieces:
         """In another process: what was sent there, mapped."""

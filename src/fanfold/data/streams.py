@@ -55,7 +55,7 @@ class StreamRows:
     def rows_left(self, piece: int) -> float:
         return _GUESS * self._starts[piece]
 
-    def lent(self, piece: int, ships: bool) -> Any:
+    def lent(self, piece: int, to: str) -> Any:
         return self._held[piece]
 
     def read(self, piece: int, lent: Any) -> Any:
@@ -65,7 +65,7 @@ class StreamRows:
         for piece in range(first, last + 1):
             del self._held[piece]
 
-    def sent(self, path: Path) -> Lent:
+    def sent(self, path: Path | None) -> Lent:
         """What other processes need of it: nothing but what they are lent."""
         return Lent()
 

@@ -16,9 +16,12 @@ import socket
 import sys
 import traceback
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fanfold.engine.wire import Channel, Closed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +65,8 @@ def num_threads() -> int:
         return threading.active_count()
 
 
-def _import_all(names: tuple[str, ...]) -> None:
+def import_all(names: tuple[str, ...]) -> None:
+    """Import what can be imported."""
     for name in names:
         try:
             importlib.import_module(name)
@@ -94,7 +98,7 @@ def _zygote(channel: Channel, hello: Hello) -> None:
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     with _orphan_guard():
-        _import_all(hello.imports)
+        import_all(hello.imports)
     children: set[int] = set()
     channel.send(("ready", num_threads()))
     gc.collect()
@@ -113,7 +117,7 @@ def _zygote(channel: Channel, hello: Hello) -> None:
                 match message:
                     case ("import", names):
                         with _orphan_guard():
-                            _import_all(names)
+                            import_all(names)
                         channel.send(("ready", num_threads()))
                     case ("fork", ticket, child_hello):
                         sock_fd, stderr_fd = channel.fds[:2]
@@ -139,8 +143,8 @@ def _become_worker(
     zygote: Channel, wake_read: int, wake_write: int, sock_fd: int, stderr_fd: int, hello: Hello
 ) -> None:
     """In the fork: cut the ties to the zygote, work, and leave without returning."""
-    code = 1
-    try:
+
+    def cut() -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         die_with_parent()
@@ -149,6 +153,15 @@ def _become_worker(
             os.close(fd)
         os.close(wake_read)
         os.close(wake_write)
+
+    work_in_fork(cut, sock_fd, stderr_fd, hello)
+
+
+def work_in_fork(cut: Callable[[], None], sock_fd: int, stderr_fd: int, hello: Hello) -> None:
+    """In a fork: `cut` the ties to the parent, be a worker on the socket, and leave without returning."""
+    code = 1
+    try:
+        cut()
         os.dup2(stderr_fd, 2)
         os.dup2(stderr_fd, 1)
         os.close(stderr_fd)

@@ -51,8 +51,15 @@ class _Seat:
 class Local:
     """Units of this machine as worker processes. Workers stay warm between calls until `close`."""
 
-    def __init__(self, units: tuple[Unit, ...], *, imports: tuple[str, ...] = (), threads: int = 1) -> None:
-        self._supervisor = Supervisor(imports=imports, threads=threads)
+    def __init__(
+        self,
+        units: tuple[Unit, ...],
+        *,
+        imports: tuple[str, ...] = (),
+        threads: int = 1,
+        supervisor: Supervisor | None = None,
+    ) -> None:
+        self._supervisor = supervisor or Supervisor(imports=imports, threads=threads)
         self._seats = [_Seat(unit) for unit in units]
         self.imports = imports
         self.threads = threads
@@ -88,7 +95,10 @@ class Local:
                 self._dismiss(seat)
 
     def carry_out(self, work: Work, agenda: Agenda) -> None:
-        body = cloudpickle.dumps(work)
+        self.carry_out_pickled(cloudpickle.dumps(work), agenda)
+
+    def carry_out_pickled(self, body: bytes, agenda: Agenda) -> None:
+        """As carry_out; units that were given this very object before are not sent it again."""
         self._oom_kills = read_oom_kills()
         self._slowest_s = 0.0
         try:

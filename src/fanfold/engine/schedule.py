@@ -67,12 +67,19 @@ class Schedule:
     """Decides who does what. Every lease that is out belongs to exactly one unit."""
 
     def __init__(
-        self, *, num_units: int, windows_per_part: int = 1, look_ahead: int = 2, borders: Sequence[tuple[int, int]] = ()
+        self,
+        *,
+        num_units: int,
+        windows_per_part: int = 1,
+        look_ahead: int = 2,
+        borders: Sequence[tuple[int, int]] = (),
+        lease_s: float = LEASE_S,
     ) -> None:
         """`borders` are (window, part) where appended rows begin: that window begins that part, short ones before."""
         self.num_units = num_units
         self.windows_per_part = windows_per_part
         self.look_ahead = max(look_ahead, 1)
+        self.lease_s = lease_s
         self._borders = [(0, 0), *borders]
         self._open: dict[int, _Open] = {}
         self._unprepared: deque[int] = deque()
@@ -276,11 +283,11 @@ class Schedule:
         return Compute(index, start, last, attempt)
 
     def _lease_cost(self) -> float:
-        """About LEASE_S of work, but never more than half a unit's fair share of what is left in line."""
+        """About lease_s of work, but never more than half a unit's fair share of what is left in line."""
         share = self._todo_cost / (2 * self.num_units)
         if self._seconds_per_cost is None:
             return 0.0
-        return min(share, LEASE_S / self._seconds_per_cost)
+        return min(share, self.lease_s / self._seconds_per_cost)
 
     def _set_pieces(self, index: int, costs: Sequence[int], done: Iterable[tuple[int, int]]) -> None:
         window = self._open[index]

@@ -23,6 +23,8 @@ from fanfold.errors import UnitLost
 from fanfold.machine.memory import processor_s
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fanfold.plan.plan import Unit
 
 START_TIMEOUT_S = 60.0
@@ -38,9 +40,12 @@ _THREAD_VARIABLES = (
 )
 
 
-def child_environment(threads: int) -> dict[str, str]:
-    """Thread counts are set before anything is imported: some libraries read them only then."""
-    environment = dict(os.environ)
+def child_environment(threads: int, base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Our own environment (or `base`) as a worker needs it.
+
+    Thread counts are set before anything is imported: some libraries read them only then.
+    """
+    environment = dict(os.environ if base is None else base)
     environment.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
     environment[IN_WORKER] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"

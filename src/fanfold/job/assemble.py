@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,17 @@ from fanfold.data.sink import open_sink
 from fanfold.errors import InternalError
 from fanfold.job.compute import WHOLE, arrow_type, column_array, result_schema
 from fanfold.job.prepare import HashingFile, ensure_prepared, is_sound
-from fanfold.job.work import Damaged, JobWork, PartDone, WindowResult, items_name, kept_name, merges, place_names
+from fanfold.job.work import (
+    Damaged,
+    JobWork,
+    PartDone,
+    WindowResult,
+    items_name,
+    kept_name,
+    merges,
+    place_names,
+    unique,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +58,7 @@ def assemble_part(
     ]
     if damaged:
         return Damaged(leases=tuple(damaged))
-    temporary = f"tmp/part-{part.part:09d}-{part.attempt}-{os.getpid()}"
+    temporary = f"tmp/part-{part.part:09d}-{part.attempt}-{unique()}"
     schema = output_schema(work)
     rows = 0
     window_sha256 = []

@@ -48,7 +48,7 @@ def probe(
         while (first < 2 or elapsed_s < _PROBE_S / 5) and _there(stock, first):
             begun_s = time.perf_counter()
             place = stock.place(first)
-            part = compute_piece(here(), stock.read(first, stock.lent(first, False)), merge, place)
+            part = compute_piece(here(), stock.read(first, stock.lent(first, "here")), merge, place)
             add_block(done, 0, first, part, place)
             stock.forget(first, first)
             took_s = time.perf_counter() - begun_s
@@ -118,7 +118,7 @@ def _bytes_per_row(stock: Stock, piece: int) -> float:
     data = getattr(stock, "data", None)
     if stock.kind in ("array", "tensor") and data is not None:
         return float(data.nbytes) / max(1, stock.num_rows)
-    lent = stock.lent(piece, True)
+    lent = stock.lent(piece, "host")
     try:
         size_bytes = len(pickle.dumps(stock.read(piece, None) if lent is None else lent, 5))
         return 2.0 * size_bytes / max(1, stock.place(piece).rows)
@@ -130,7 +130,7 @@ def _portable(f: Any, stock: Stock, piece: int) -> bool:
     try:
         cloudpickle.dumps(f)
         if stock.kind in ("list", "tuple", "stream"):
-            cloudpickle.dumps(stock.lent(piece, True))
+            cloudpickle.dumps(stock.lent(piece, "host"))
     except Exception:
         return False
     return True

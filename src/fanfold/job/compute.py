@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -21,7 +20,7 @@ import pyarrow.compute as pc
 from fanfold.data.source import RowFailure
 from fanfold.errors import DataError, FanfoldError, InternalError, OutOfMemory, cause_line
 from fanfold.job.prepare import ensure_prepared
-from fanfold.job.work import JobWork, LeaseDetail, LeaseDone, Trial, TrialDone, items_name
+from fanfold.job.work import JobWork, LeaseDetail, LeaseDone, Trial, TrialDone, items_name, unique
 from fanfold.split.bisect import Bisection
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ def compute_lease(
                 break
     elapsed_s = time.monotonic() - start_s
     data = buffer.getbuffer()
-    temporary = f"tmp/{lease.window:09d}-{lease.first:06d}-{lease.attempt}-{os.getpid()}"
+    temporary = f"tmp/{lease.window:09d}-{lease.first:06d}-{lease.attempt}-{unique()}"
     with desk.timed("write"):
         sha256 = hashlib.sha256(data).hexdigest()
         store.write_temporary(temporary, data)

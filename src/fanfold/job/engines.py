@@ -6,16 +6,21 @@ import atexit
 import os
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from fanfold.engine.inline import Inline
 from fanfold.engine.local import Local
 from fanfold.engine.supervisor import IN_WORKER
 from fanfold.errors import PlanError
 
+if TYPE_CHECKING:
+    from fanfold.engine.spark import Spark
+
 IDLE_S = 300.0
 
 _lock = threading.RLock()
 _warm: Local | None = None
+_spark: Spark | None = None
 _timer: threading.Timer | None = None
 _used_s = 0.0
 
@@ -33,6 +38,42 @@ def engine_for(kind: str, *, imports: tuple[str, ...], threads: int) -> Inline |
     return _local(imports, threads)
 
 
+def spark_for(master: str, *, imports: tuple[str, ...], threads: int) -> Spark:
+    """The cluster, connected; the same as before where master, imports and threads allow it."""
+    global _spark, _used_s
+    _refuse_in_worker()
+    with _lock:
+        _used_s = time.monotonic()
+        if _spark is not None and (
+            (_spark.master, _spark.threads) != (master, threads)
+            or not set(imports) <= set(_spark.imports)
+            or not _spark.is_alive
+        ):
+            _close_spark()
+        if _spark is None:
+            from fanfold.engine.spark import Spark
+
+            _spark = Spark(master, imports=imports, threads=threads)
+        if _timer is None:
+            _start_timer(IDLE_S)
+        return _spark
+
+
+def _close_spark() -> None:
+    global _spark
+    if _spark is not None:
+        closing, _spark = _spark, None
+        closing.close()
+
+
+def kill() -> None:
+    """End everything at once, in whatever state it is: for a second Ctrl-C."""
+    if _spark is not None:
+        _spark.kill()
+    if _warm is not None:
+        _warm.close()
+
+
 def is_warm() -> bool:
     """Whether worker processes are there already."""
     return _warm is not None and bool(_warm.units)
@@ -48,8 +89,7 @@ def hold() -> threading.RLock:
     return _lock
 
 
-def _local(imports: tuple[str, ...], threads: int) -> Local:
-    global _warm, _timer, _used_s
+def _refuse_in_worker() -> None:
     if in_worker():
         raise PlanError(
             "a job inside a worker",
@@ -57,6 +97,11 @@ def _local(imports: tuple[str, ...], threads: int) -> Local:
             allowed="jobs started by a script or a notebook; on='inline' inside a worker",
             do="put the call into a function, or under: if __name__ == '__main__'",
         )
+
+
+def _local(imports: tuple[str, ...], threads: int) -> Local:
+    global _warm, _used_s
+    _refuse_in_worker()
     with _lock:
         _used_s = time.monotonic()
         if _warm is not None and (_warm.threads != threads or not set(imports) <= set(_warm.imports)):
@@ -98,7 +143,7 @@ def touch() -> None:
 
 
 def shutdown() -> None:
-    """End the warm workers, if there are any; the next call starts new ones."""
+    """End the warm workers and the connection to Spark, if there are any; the next call starts new ones."""
     global _warm, _timer
     with _lock:
         if _timer is not None:
@@ -107,6 +152,7 @@ def shutdown() -> None:
         if _warm is not None:
             _warm.close()
             _warm = None
+        _close_spark()
 
 
 def _forget() -> None:

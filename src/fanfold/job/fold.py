@@ -65,7 +65,8 @@ def fold(f: Any, x: Any, merge: Any, *, pieces: int | None = None, on: str = "au
     `f` gets a piece, of the kind of `x`: a read-only view of an array, a list, a table; a class is made once per
     unit and its object called. Merges take one value per row, axis 0 the piece's rows, unless told otherwise
     (`Mean(of="pieces")`). A dict of merges gives a dict of results. Pieces depend on the data alone and join in
-    a fixed tree, so the bits do not depend on `on`: auto, inline, threads[:N], cpu[:N].
+    a fixed tree, so the bits do not depend on `on`: auto, inline, threads[:N], cpu[:N],
+    or a Spark master (spark://HOST:PORT, local[N], ...).
     `x`: NumPy array, list, tuple, range, iterator (taken piece by piece), Arrow, pandas, Polars, torch tensor; or a
     path or glob: `.npy` is mapped, Parquet gives Arrow tables, JSONL and CSV lists of dicts, text lists of strings.
     `explain=True` returns a `Folded`: the value, where it was computed, and why there.
@@ -178,14 +179,14 @@ def _run(f: Any, x: Any, merge: Any, num_pieces: int | None, on: str) -> Folded:
                     stock,
                     functools.partial(add_block, done),
                     first,
-                    num_units=carrier.count,
-                    ships=carrier.kind == "cpu",
+                    num_units=max(1, carrier.count),
+                    to=carrier.reach,
                 )
             )
         value = merge.finish(done.part(stock.num_known))
     return Folded(
         value=value,
-        on=carrier.kind if carrier.kind == "inline" else f"{carrier.kind}:{carrier.count}",
+        on=carrier.shown,
         reason=carrier.reason,
         num_rows=stock.num_rows,
         num_pieces=stock.num_known,
@@ -210,7 +211,7 @@ def _rounds(f: Any, rows: Iterator[Any], merge: _Rows, asked: Carrier | None, co
                 carrier, first = probe(f, here, stock, merge, done, cores)
             yield from _in_order(done.blocks())
         carry = _carrying(carrier, f, here, stock, merge, stack)
-        num_pieces = 2 * carrier.count
+        num_pieces = 2 * max(1, carrier.count)
         while first < stock.num_known or stock.more():
             stop = first + num_pieces
             while stock.num_known < stop and stock.more():
@@ -223,8 +224,8 @@ def _rounds(f: Any, rows: Iterator[Any], merge: _Rows, asked: Carrier | None, co
                         stock,
                         lambda level, index, part, place, blocks=blocks: blocks.append((level, index, part)),  # type: ignore[misc]
                         first,
-                        num_units=carrier.count,
-                        ships=carrier.kind == "cpu",
+                        num_units=max(1, carrier.count),
+                        to=carrier.reach,
                         stop=min(stop, stock.num_known),
                     )
                 )
@@ -312,8 +313,8 @@ def _carrying(
     carrier: Carrier, f: Any, here: Callable[[], Any], stock: Stock, merge: Any, stack: ExitStack
 ) -> Callable[[Lending], None]:
     """What carries an agenda out there; called again, it finds what it has sent and made."""
-    if carrier.kind == "cpu":
-        return _in_processes(carrier.count, f, stock, merge, stack)
+    if carrier.reach != "here":
+        return _in_processes(carrier, f, stock, merge, stack)
     if carrier.kind == "inline":
         inline, work = Inline(), PieceWork(f=here(), read=stock.read, merge=merge)
         return lambda agenda: inline.carry_out(work, agenda)
@@ -331,21 +332,22 @@ def _keep_heap() -> None:
     sys.modules["numpy"].empty(4 << 20, "uint8")
 
 
-def _in_processes(num_units: int, f: Any, stock: Stock, merge: Any, stack: ExitStack) -> Callable[[Lending], None]:
+def _in_processes(carrier: Carrier, f: Any, stock: Stock, merge: Any, stack: ExitStack) -> Callable[[Lending], None]:
     try:
         body = cloudpickle.dumps((f, merge))
     except Exception as error:
         raise PlanError(
-            f"on=cpu:{num_units}",
+            f"on={carrier.shown}",
             found=f"a function that cannot be sent to another process: {cause_line(error)}",
             allowed="functions and data that can be pickled",
             do="open files, locks and connections inside the function, or use on='threads'",
         ) from error
-    num_bytes = stock.data.nbytes if isinstance(stock, Pieces) and stock.kind in ("array", "tensor") else 0
-    folder = stack.enter_context(scratch_folder(_room(num_bytes))) if num_bytes else Path()
+    path = None
+    if carrier.reach == "host" and isinstance(stock, Pieces) and stock.kind in ("array", "tensor"):
+        path = stack.enter_context(scratch_folder(_room(stock.data.nbytes))) / "array"
     work = ShippedWork(
         body=body,
-        source=stock.sent(folder / "array"),
+        source=stock.sent(path),
         token=time.monotonic_ns(),
         file=getattr(code_of(f), "co_filename", "<unknown>"),
     )
@@ -353,9 +355,17 @@ def _in_processes(num_units: int, f: Any, stock: Stock, merge: Any, stack: ExitS
 
     def carry(agenda: Lending) -> None:
         with engines.hold():
+            if carrier.kind == "spark":
+                spark = engines.spark_for(carrier.master, imports=imports, threads=1)
+                spark.limit(memory_bytes=None, timeout_batch_s=_FOREVER_S)
+                spark.resize(units_of("spark", spark.cluster.slots))
+                agenda.use(len(spark.units))
+                spark.carry_out(work, agenda)
+                engines.touch()
+                return
             local = engines.engine_for("local", imports=imports, threads=1)
             assert not isinstance(local, Inline)
-            local.resize(units_of("cpu", num_units))
+            local.resize(units_of("cpu", carrier.count))
             local.limit(memory_bytes=None, timeout_batch_s=_FOREVER_S)
             try:
                 local.carry_out(work, agenda)

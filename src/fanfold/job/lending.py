@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fanfold.data.pieces import Stock
     from fanfold.engine.engine import Failure
     from fanfold.plan.plan import Unit
+    from fanfold.planner.carrier import Reach
     from fanfold.split.piece import Place
 
 _MAX_DEATHS = 2  # of the units that computed one piece
@@ -36,7 +37,7 @@ class Lending:
     first: int
     num_units: int
     stop: int | None = None
-    ships: bool = False  # to other processes
+    to: Reach = "here"  # where the units are
     _at: dict[str, int] = field(default_factory=dict)  # unit -> the piece that it is at
     _deaths: dict[int, int] = field(default_factory=dict)
     _firsts: dict[int, int] = field(default_factory=dict)  # open window -> its first piece
@@ -47,6 +48,10 @@ class Lending:
     def __post_init__(self) -> None:
         self._schedule = Schedule(num_units=self.num_units, windows_per_part=_ONE_PART)
         self._next = self.first  # the first piece that stands in no window yet
+
+    def use(self, num_units: int) -> None:
+        """There are so many units, as has turned out."""
+        self._schedule.num_units = num_units
 
     def _look_further(self) -> bool:
         """Makes a window of pieces that are known now, or of the next ones found."""
@@ -75,13 +80,13 @@ class Lending:
             return None
         first = self._firsts[instruction.window] + instruction.first
         pieces = range(first, first + instruction.last + 1 - instruction.first)
-        items: Sequence[Any] | bytes = [self.stock.lent(piece, self.ships) for piece in pieces]
-        if self.ships:
+        items: Sequence[Any] | bytes = [self.stock.lent(piece, self.to) for piece in pieces]
+        if self.to != "here":
             try:
                 items = cloudpickle.dumps(items)
             except Exception as error:
                 raise PlanError(
-                    "on=cpu",
+                    "pieces for other processes",
                     found=f"rows that cannot be sent to another process: {cause_line(error)}",
                     allowed="data that can be pickled",
                     do="use on='threads', or pass what the rows are made from",
@@ -102,7 +107,7 @@ class Lending:
             assert isinstance(lease, Compute)
             if isinstance(result, Broken):
                 raise result.raised()
-            last, blocks, elapsed_s = pickle.loads(result) if self.ships else result
+            last, blocks, elapsed_s = result if self.to == "here" else pickle.loads(result)
             if self._schedule.computed(unit.name, lease, last, elapsed_s):
                 self._num_left -= last + 1 - lease.first
                 first = self._firsts[lease.window]

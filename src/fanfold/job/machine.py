@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fanfold import extras
+from fanfold.errors import RequestError
+from fanfold.job import engines
 from fanfold.machine.discover import discover
 from fanfold.machine.probe import Probe, numpy_matmul, numpy_threads, probe
+from fanfold.planner.units import parse_where
 from fanfold.quantity import format_bytes, format_rate
 
 if TYPE_CHECKING:
@@ -46,6 +50,57 @@ def machine_record(*, measure: bool = True, budget_s: float = 2.0) -> dict[str, 
             "elapsed_s": measured.elapsed_s,
         }
     return record
+
+
+def cluster_record(on: str) -> dict[str, Any]:
+    """A Spark cluster as plain values: its executors, what their Python sees, and what is unsafe about it."""
+    where = parse_where(on)
+    if where.kind != "spark":
+        raise RequestError(
+            f"fanfold machine --on {on}",
+            found="a place on this machine",
+            allowed="spark://HOST:PORT, yarn, k8s://..., local[N], local-cluster[N,CORES,MB]",
+            do="leave --on away to see this machine",
+        )
+    with engines.hold():
+        spark = engines.spark_for(where.master, imports=(), threads=1)
+        members = spark.roll_call()
+    hosts = {member.place.host: member for member in members}
+    return {
+        "master": where.master,
+        "slots": spark.cluster.slots,
+        "executors": [asdict(executor) for executor in spark.cluster.executors],
+        "hosts": [
+            {
+                "host": host,
+                "cpu": member.cpu_name,
+                "cpu_vendor": member.cpu_vendor,
+                "isa": member.isa,
+                "cores": member.cores,
+                "memory_bytes": member.memory_bytes,
+                "python": member.software.python,
+                "packages": dict(member.software.packages),
+            }
+            for host, member in sorted(hosts.items())
+        ],
+        "warnings": [spark.cluster.unsafe] if spark.cluster.unsafe else [],
+    }
+
+
+def cluster_text(record: dict[str, Any]) -> str:
+    """The record for a person."""
+    lines = [f"spark:    {record['master']}, {len(record['executors'])} executor(s), {record['slots']} slot(s)"]
+    for executor in record["executors"]:
+        memory = format_bytes(executor["memory_bytes"])
+        lines.append(
+            f"executor: {executor['name']} on {executor['host']}, {executor['cores']} core(s), {memory} for Java"
+        )
+    for host in record["hosts"]:
+        versions = ", ".join(f"{name} {number}" for name, number in host["packages"].items())
+        lines.append(f"host:     {host['host']}: {host['cpu']} ({host['isa']}), {host['cores']} core(s) allowed, ")
+        lines[-1] += f"{format_bytes(host['memory_bytes'])}; Python {host['python']}, {versions}"
+    lines += [f"warning: {warning}" for warning in record["warnings"]]
+    return "\n".join(lines)
 
 
 def machine_text(record: dict[str, Any]) -> str:

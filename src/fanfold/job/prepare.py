@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from fanfold.data.source import RowFailure
-from fanfold.job.work import JobWork, PreparedWindow, WindowDetail, items_name, kept_name
+from fanfold.job.work import JobWork, PreparedWindow, WindowDetail, items_name, kept_name, unique
 from fanfold.split.batch import cut
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def prepare_window(
     failures: list[RowFailure] = []
     items: list[Item] = []
     truncated = 0
-    tag = f"{window.index:09d}-{os.getpid()}"
+    tag = f"{window.index:09d}-{unique()}"
     kept_tmp = store.path(f"tmp/k-{tag}")
     with (
         HashingFile(kept_tmp) as kept_file,

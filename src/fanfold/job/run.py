@@ -18,8 +18,8 @@ from fanfold.data.durable import storage_error
 from fanfold.data.folder import QUARANTINE, RUN, SUCCESS, SUMMARY, Output, open_run, read_json, write_json
 from fanfold.data.opening import open_source
 from fanfold.engine.local import Local
-from fanfold.engine.schedule import Schedule
-from fanfold.errors import DataError, InputError, RequestError, ResumeError, Stopped
+from fanfold.engine.schedule import LEASE_S, Schedule
+from fanfold.errors import DataError, InputError, PlanError, RequestError, ResumeError, Stopped
 from fanfold.job import engines
 from fanfold.job.agenda import JobAgenda
 from fanfold.job.compiling import compile_for, compiled_as_asked, decide
@@ -31,7 +31,7 @@ from fanfold.job.work import JobWork, OutputRules, place_names, unit_imports
 from fanfold.machine.discover import discover
 from fanfold.machine.threads import held_threads
 from fanfold.plan.numerics import Numerics, windows_per_part
-from fanfold.planner.units import Job, choose, parse_where
+from fanfold.planner.units import Job, check_slots, choose, is_remote, parse_where
 from fanfold.report.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -42,11 +42,13 @@ if TYPE_CHECKING:
     from fanfold.events import Event
     from fanfold.job.request import Request
     from fanfold.machine.discover import Machine
-    from fanfold.plan.plan import Plan
+    from fanfold.plan.plan import Cluster, Plan, Where
     from fanfold.tasks.task import Task
 
 _SCAN_AHEAD = 64  # windows; a spooled input is held on disk, so fewer
 _SPOOL_AHEAD = 3
+_SPARK_LEASE_S = 4.0  # a lease is a Spark job, which costs some 50 ms (docs/log.md)
+_UNITS_PER_WINDOW = 8  # a window holds some 60 pieces; while units compute it, the next ones are prepared
 
 
 class Display(Protocol):
@@ -101,7 +103,8 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
     numerics = _numerics(task, where.kind)
     if request.compile == "on":
         numerics = compiled_as_asked(task, numerics)
-    if where.kind != "inline" and not request.dry_run:
+    check_slots(where, machine)
+    if where.kind not in ("inline", "spark") and not request.dry_run:
         engines.warm_up(unit_imports(task), numerics.threads_per_unit)
     output = Output(request.out)
     _check_inputs_outside(request, output)
@@ -116,7 +119,12 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
         stdin=request.stdin,
         reserved=result_names(task, request.prefix),
     )
-    plan = choose(where, machine, _job(task, source, request), numerics)
+    cluster = None
+    if where.kind == "spark":
+        if numerics.compiled and is_remote(where):
+            raise _uncompiled(where)
+        cluster, machine = _cluster(where, machine, task, numerics, None if request.dry_run else output.folder, say)
+    plan = choose(where, machine, _job(task, source, request), numerics, cluster)
     for key, value in task.shown.items():
         say(f"{key + ':':<9}{value}")
     _say_plan(plan, say)
@@ -124,7 +132,7 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
         return Run(out=output.shown, folder=output.folder, summary={}, plan=plan.record())
     store, stored = open_run(output, overwrite=request.overwrite, sync=request.sync)
     try:
-        if request.compile == "auto":
+        if request.compile == "auto" and not is_remote(where):
             plan, why = decide(task, source, plan, stored, say)
             say(f"{'':<9}- {why}")
             plan = replace(plan, reasons=(*plan.reasons, why))
@@ -201,7 +209,13 @@ def _carry_out(
     agenda = JobAgenda(
         source=work.source,
         store=store,
-        schedule=Schedule(num_units=num_units, windows_per_part=numerics.windows_per_part, borders=borders(settled)),
+        schedule=Schedule(
+            num_units=num_units,
+            windows_per_part=numerics.windows_per_part,
+            look_ahead=max(2, num_units // _UNITS_PER_WINDOW),
+            borders=borders(settled),
+            lease_s=_SPARK_LEASE_S if plan.engine == "spark" else LEASE_S,
+        ),
         suffix=work.output.format,
         on_error=request.on_error,
         max_failures=request.failure_limit,
@@ -261,15 +275,71 @@ def _run_engine(work: JobWork, plan: Plan, agenda: JobAgenda, request: Request) 
         with held_threads(work.threads):
             engine.carry_out(work, agenda)
         return
+    memory_bytes = plan.unit_memory_bytes + work.task.weights_bytes
     with engines.hold():
+        if plan.engine == "spark":
+            spark = engines.spark_for(parse_where(request.on).master, imports=work.imports, threads=work.threads)
+            spark.limit(memory_bytes=memory_bytes, timeout_batch_s=request.timeout_batch_s)
+            spark.resize(plan.units)
+            spark.carry_out(work, agenda)
+            engines.touch()
+            return
         local = engines.engine_for("local", imports=work.imports, threads=work.threads)
         assert isinstance(local, Local)
-        local.limit(
-            memory_bytes=plan.unit_memory_bytes + work.task.weights_bytes, timeout_batch_s=request.timeout_batch_s
-        )
+        local.limit(memory_bytes=memory_bytes, timeout_batch_s=request.timeout_batch_s)
         local.resize(plan.units)
         local.carry_out(work, agenda)
         engines.touch()
+
+
+def _cluster(
+    where: Where, machine: Machine, task: Task, numerics: Numerics, folder: Path | None, say: Callable[[str], None]
+) -> tuple[Cluster, Machine]:
+    """The Spark cluster, checked by a roll call before anything is written, and the smallest of its machines."""
+    say(f"spark:   connecting to {where.master}")
+    with engines.hold():
+        spark = engines.spark_for(where.master, imports=unit_imports(task), threads=numerics.threads_per_unit)
+        made = _made_folders(folder) if folder is not None else []
+        needs = (task.reference,) if os.path.isabs(task.reference) else ()
+        try:
+            members = spark.roll_call(folder, needs)
+        finally:
+            for path in made:  # the job makes them again; after a refusal nothing is left
+                path.rmdir()
+    least = min(members, key=lambda member: member.memory_bytes)
+    machine = replace(
+        machine,
+        cpu_name=least.cpu_name,
+        cpu_vendor=least.cpu_vendor,
+        isa=least.isa,
+        cores=least.cores,
+        memory_bytes=least.memory_bytes,
+    )
+    return spark.cluster, machine
+
+
+def _made_folders(folder: Path) -> list[Path]:
+    """The folder exists; which of it and its parents had to be made, innermost first."""
+    missing = []
+    path = folder
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stored = storage_error(folder, "making the run folder", error)
+        raise RequestError(stored.asked, found=stored.found, allowed=stored.allowed, do=stored.do) from error
+    return missing
+
+
+def _uncompiled(where: Where) -> PlanError:
+    return PlanError(
+        f"--compile on with --on {where.master}",
+        found="compiled code is made on this machine, for this machine",
+        allowed="--compile on where all units are on one machine",
+        do="leave --compile away",
+    )
 
 
 def _numerics(task: Task, kind: str) -> Numerics:
@@ -371,7 +441,7 @@ def _stop_on_signals(agenda: JobAgenda, display: Display | None) -> Iterator[Non
         if seen > 1:
             if display is not None:
                 display.stop()  # the terminal gets its cursor back
-            engines.shutdown()
+            engines.kill()
             os._exit(130)
         agenda.request_stop()
         if display is not None:

@@ -8,6 +8,8 @@ writes it. Workers read and write files themselves; only names, counts and hashe
 from __future__ import annotations
 
 import errno
+import os
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,6 +244,11 @@ def disk_error(error: BaseException | None) -> OSError | None:
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+def unique() -> str:
+    """Part of a temporary file's name: processes of several machines, with the same ids, write into one folder."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def items_name(window: int) -> str:

@@ -19,6 +19,26 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Executor:
+    """One executor of a Spark cluster; memory is that of its Java side, not of the Python beside it."""
+
+    name: str
+    host: str
+    cores: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """A Spark cluster as it was when it was asked; a slot computes one unit's work."""
+
+    master: str
+    slots: int
+    executors: tuple[Executor, ...]
+    unsafe: str = ""  # why others could use it, too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What was chosen and why; saved in run.json."""
 
@@ -47,9 +67,10 @@ class Plan:
 class Where:
     """What `--on` says: a kind of engine, and the units asked for (None: as many as there are)."""
 
-    kind: str  # inline, cpu, cuda
+    kind: str  # inline, cpu, cuda, spark
     count: int | None = None
     devices: tuple[int, ...] = ()
+    master: str = ""  # of Spark
 
     def record(self) -> dict[str, Any]:
         return asdict(self)

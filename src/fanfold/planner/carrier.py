@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from fanfold.errors import PlanError
-from fanfold.planner.units import OVERSUBSCRIPTION
+from fanfold.planner.units import OVERSUBSCRIPTION, parse_where
 
-ALLOWED = "auto, inline, threads, threads:N, cpu, cpu:N"
+Reach = Literal["here", "host", "cluster"]
+ALLOWED = "auto, inline, threads, threads:N, cpu, cpu:N, spark://HOST:PORT, yarn, k8s://..., local[N]"
+_SPARK = ("spark://", "yarn", "k8s://", "local", "sc://")
 _HAND_OVER_S = 60e-6  # to start a thread and hand a lease to it (docs/log.md)
 _PIPE_BYTES_PER_S = 6e8  # pickled, written, read (docs/log.md)
 _WORTH_IT = 0.9  # another carrier must be at least so much faster than the simpler one
@@ -29,14 +32,28 @@ class Measured:
 class Carrier:
     """The choice and the reason."""
 
-    kind: str  # inline, threads, cpu
-    count: int
+    kind: str  # inline, threads, cpu, spark
+    count: int  # 0: as many as there are slots
     reason: str
+    master: str = ""
+
+    @property
+    def reach(self) -> Reach:
+        """Where its units are: in this process, on this machine, anywhere."""
+        places: dict[str, Reach] = {"cpu": "host", "spark": "cluster"}
+        return places.get(self.kind, "here")
+
+    @property
+    def shown(self) -> str:
+        """As `on` names it."""
+        return self.master or (self.kind if self.kind == "inline" else f"{self.kind}:{self.count}")
 
 
 def parse_on(text: str, cores: int) -> Carrier | None:
     """`on` as asked for; None for auto. Raises PlanError for what is no place, or too many units."""
     found = re.fullmatch(r"(auto|inline|threads|cpu)(?::([0-9]{1,9}))?", text) if isinstance(text, str) else None
+    if isinstance(text, str) and text.startswith(_SPARK):
+        return Carrier("spark", 0, "as asked", parse_where(text).master)
     if found is None or (found[2] and found[1] in ("auto", "inline")):
         raise PlanError(f"on={text!r}", found="no such place to run", allowed=ALLOWED, do="leave on away")
     if found[1] == "auto":

@@ -14,8 +14,13 @@ from fanfold.quantity import format_bytes
 if TYPE_CHECKING:
     from fanfold.machine.discover import Machine
     from fanfold.plan.numerics import Numerics
+    from fanfold.plan.plan import Cluster
 
-ALLOWED = "inline, cpu, cpu:N, cuda, cuda:0,1"
+ALLOWED = "inline, cpu, cpu:N, cuda, cuda:0,1, spark://HOST:PORT, yarn, k8s://..., local[N], local-cluster[N,CORES,MB]"
+_SPARK_LOCAL = re.compile(
+    r"local\[([1-9][0-9]{0,3}|\*)\]|local-cluster\[([1-9][0-9]{0,3}), ?([1-9][0-9]{0,3}), ?[1-9][0-9]{0,6}\]"
+)
+_SPARK_REMOTE = re.compile(r"spark://[^\s:,/]+:[0-9]{1,5}(,[^\s:,/]+:[0-9]{1,5})*|yarn|k8s://\S+")
 OVERSUBSCRIPTION = 8  # an explicit cpu:N may ask for this many units per allowed core
 # A worker forked from a zygote holds about 80 MB of its own; a 2,048-token batch at width 1,024 adds up to
 # 190 MB (measured on a 2-core machine, docs/log.md).
@@ -41,6 +46,15 @@ def parse_where(text: str) -> Where:
         return Where(kind="cpu", count=int(found[1]))
     if found := re.fullmatch(r"cuda:([0-9]{1,9}(?:,[0-9]{1,9})*)", text):
         return Where(kind="cuda", devices=tuple(int(number) for number in found[1].split(",")))
+    if _SPARK_LOCAL.fullmatch(text) or _SPARK_REMOTE.fullmatch(text):
+        return Where(kind="spark", master=text)
+    if text.startswith("sc://"):
+        raise PlanError(
+            f"--on {text[:80]}",
+            found="Spark Connect, which runs DataFrames only",
+            allowed=ALLOWED,
+            do="use fanfold.spark.embed(df, ...) with a Connect session, or --on spark://HOST:PORT",
+        )
     raise PlanError(
         f"--on {text[:80]}",
         found="no such place to run",
@@ -49,8 +63,34 @@ def parse_where(text: str) -> Where:
     )
 
 
-def choose(where: Where, machine: Machine, job: Job, numerics: Numerics) -> Plan:
-    """The units for the job, with reasons; PlanError where the request cannot be met."""
+def is_remote(where: Where) -> bool:
+    """Whether units may be on machines that share nothing with this one but a file system."""
+    return where.kind == "spark" and not _SPARK_LOCAL.fullmatch(where.master)
+
+
+def check_slots(where: Where, machine: Machine) -> None:
+    """PlanError where a Spark master of this machine would put too many units on its cores."""
+    found = _SPARK_LOCAL.fullmatch(where.master) if where.kind == "spark" else None
+    if found is None or found[1] == "*":
+        return
+    slots = int(found[1]) if found[1] else int(found[2]) * int(found[3])
+    most = OVERSUBSCRIPTION * machine.cores
+    if slots > most:
+        raise PlanError(
+            f"--on {where.master}",
+            found=f"{slots} slots on {machine.cores} allowed core(s)",
+            allowed=f"at most {most}",
+            do=f"use local[{machine.cores}], or a cluster of more machines",
+        )
+
+
+def choose(where: Where, machine: Machine, job: Job, numerics: Numerics, cluster: Cluster | None = None) -> Plan:
+    """The units for the job, with reasons; PlanError where the request cannot be met.
+
+    On Spark `cluster` is what there is, and `machine` the smallest of its machines.
+    """
+    if cluster is not None:
+        return _choose_spark(cluster, machine, job, numerics)
     if where.kind == "inline":
         reasons = ["inline: one unit in this process, as asked"]
         return _plan("inline", (Unit(name="inline"),), numerics, _share(machine, job, 1), reasons)
@@ -117,6 +157,25 @@ def _choose_cuda(where: Where, machine: Machine, job: Job, numerics: Numerics) -
     units = tuple(Unit(name=f"cuda:{index}", device=f"cuda:{index}") for index in wanted)
     reasons = [f"data={len(units)}: one worker per GPU, as asked"]
     return _plan("local", units, numerics, _share(machine, job, len(units)), reasons)
+
+
+def _choose_spark(cluster: Cluster, machine: Machine, job: Job, numerics: Numerics) -> Plan:
+    executors, slots = len(cluster.executors), cluster.slots
+    reasons = [f"{executors} executor(s) with {slots} slot(s) of {numerics.threads_per_unit} core(s)"]
+    warnings = []
+    if cluster.unsafe:
+        warnings.append(cluster.unsafe)
+    count = slots
+    pieces = _expected_pieces(job, numerics)
+    if pieces is not None and pieces < count:
+        count = max(1, pieces)
+        reasons.append(f"the input holds about {max(1, pieces)} piece(s) of work: more units would only load the model")
+    by_host: dict[str, int] = {}
+    for executor in cluster.executors:
+        by_host[executor.host] = by_host.get(executor.host, 0) + executor.cores // numerics.threads_per_unit
+    reasons.append(f"data={count}: each slot holds the whole model and computes its own pieces")
+    units = tuple(Unit(name=f"spark:{index}") for index in range(count))
+    return _plan("spark", units, numerics, _share(machine, job, max(by_host.values(), default=1)), reasons, warnings)
 
 
 def _cpu_units(count: int) -> tuple[Unit, ...]:
