@@ -101,7 +101,7 @@ class Spark:
         found = []
         for index in range(listed.size()):
             one = listed.apply(index)
-            if one.totalCores():
+            if one.totalCores() and one.hostPort() and one.maxMemory():  # else it is still on its way
                 found.append(
                     Executor(
                         name=str(one.id()),
