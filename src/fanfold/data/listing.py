@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from fanfold.data.failures import inert
 from fanfold.data.source import InputFile
+from fanfold.data.urls import is_url, plain_url
 from fanfold.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def list_inputs(inputs: Sequence[str]) -> Listing:
                 do="give '-' alone, or name the files only",
             )
         return Listing(family="jsonl", files=(InputFile(path=STDIN, size_bytes=None, mtime_ns=None),))
-    files = [file for given in inputs for file in (_of_url(given) if is_url(given) else _of_local(given))]
+    files = [file for given in inputs for file in (_of_url(plain_url(given)) if is_url(given) else _of_local(given))]
     if not files:
         raise InputError(
             "the job reads its inputs",
@@ -70,11 +71,6 @@ def list_inputs(inputs: Sequence[str]) -> Listing:
                 do="run one job for each format, or convert the files to one format",
             )
     return Listing(family=family, files=tuple(files))
-
-
-def is_url(path: str) -> bool:
-    """Whether fsspec reads this rather than the local file system."""
-    return "://" in path
 
 
 def compression(path: str) -> str | None:
@@ -201,6 +197,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 def _of_url(url: str) -> list[InputFile]:
     fs, inner = _file_system(url)
+    fs.invalidate_cache()  # another call of this process may have listed it before
     web = url.startswith(("http://", "https://"))
     try:
         if not web and glob.has_magic(inner) and not fs.exists(inner):

@@ -49,8 +49,8 @@ from fanfold.job.work import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fanfold.data.durable import PosixStore
     from fanfold.data.source import Source
+    from fanfold.data.store import Store
     from fanfold.engine.engine import Failure
     from fanfold.plan.plan import Unit
     from fanfold.quantity import Limit
@@ -100,7 +100,7 @@ class JobAgenda:
         self,
         *,
         source: Source,
-        store: PosixStore,
+        store: Store,
         schedule: Schedule,
         suffix: str,
         on_error: str = "quarantine",
@@ -175,8 +175,8 @@ class JobAgenda:
         """Whether the window can be computed at once; a stream's may first have to come by again."""
         detail = self._open[index].detail
         return detail.window.sha256 is None or (
-            is_sound(self._store.path(items_name(index)), detail.items_sha256 or "")
-            and is_sound(self._store.path(kept_name(index)), detail.kept_sha256 or "")
+            is_sound(self._store, items_name(index), detail.items_sha256 or "")
+            and is_sound(self._store, kept_name(index), detail.kept_sha256 or "")
         )
 
     def _resume_window(self, index: int) -> None:
@@ -542,7 +542,7 @@ class JobAgenda:
         """Put it under its name; what stands there already must be the same."""
         if self._store.put_if_absent(temporary, name):
             return
-        if not is_sound(self._store.path(name), sha256):
+        if not is_sound(self._store, name, sha256):
             raise DifferenceFound(
                 f"publishing {name}",
                 found="a file of that name whose bytes differ from what was computed now",
@@ -553,17 +553,16 @@ class JobAgenda:
 
     def _clean_up(self, entry: dict[str, Any]) -> None:
         """The part is logged: what it was made of may go, and so may the part that it replaces."""
-        for generation in range(self._generation.get(entry["part"], 0)):
-            self._store.remove(part_name(entry["part"], self._suffix, generation))
+        generations = range(self._generation.get(entry["part"], 0))
+        gone = [part_name(entry["part"], self._suffix, generation) for generation in generations]
         for index in range(entry["first"], entry["last"] + 1):
             window = self._open.pop(index)
-            for _, name, _ in window.leases.values():
-                if name is not None:
-                    self._store.remove(name)
+            gone += [name for _, name, _ in window.leases.values() if name is not None]
             if window.rescued is not None:
-                self._store.remove(window.rescued[0])
-            self._store.remove(items_name(index))
-            self._store.remove(kept_name(index))
+                gone.append(window.rescued[0])
+            gone += [items_name(index), kept_name(index)]
+        self._store.remove(*gone)
+        for index in range(entry["first"], entry["last"] + 1):
             self._source.release(index)
 
     def _result(self, index: int) -> WindowResult:

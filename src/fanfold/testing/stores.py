@@ -21,7 +21,8 @@ from fanfold.errors import ResumeError, StorageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fanfold.data.objects import Store
+    from fanfold.data.objects import Blob
+    from fanfold.data.store import Store
 
 T = TypeVar("T")
 
@@ -52,10 +53,10 @@ class MemoryObjects:
             found = self.held.get(name)
             return self._end(after, found)
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: Blob) -> None:
         with self._lock:
             after = self._begin("put", name)
-            self.held[name] = bytes(data)
+            self.held[name] = data[:]
             self._end(after, None)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
@@ -73,10 +74,16 @@ class MemoryObjects:
             self._end(after, None)
             return found
 
-    def delete(self, name: str) -> None:
+    def size_bytes(self, name: str) -> int | None:
         with self._lock:
-            after = self._begin("delete", name)
-            self.held.pop(name, None)
+            after = self._begin("size_bytes", name)
+            return self._end(after, len(self.held[name]) if name in self.held else None)
+
+    def delete(self, *names: str) -> None:
+        with self._lock:
+            after = self._begin("delete", names[0])
+            for name in names:
+                self.held.pop(name, None)
             self._end(after, None)
 
     def _begin(self, verb: str, name: str) -> bool:
