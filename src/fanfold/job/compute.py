@@ -91,7 +91,7 @@ def compute_lease(
     work: JobWork, opened: Opened, lease: Compute, detail: LeaseDetail, desk: Desk, store: Store
 ) -> LeaseDone | TrialDone:
     """Pieces lease.first..last, or fewer if a stop was requested, in one sealed file: one record batch a piece."""
-    ensure_prepared(work, opened, detail, store)
+    ensure_prepared(work, opened, detail, store, to_compute=True)
     if detail.trial is not None:
         return _try(opened, lease, detail.trial, desk, store)
     buffer = io.BytesIO()

@@ -55,12 +55,8 @@ def embed_files(
 
     if not inputs:
         raise missing_inputs()
-    return run_job(
-        task,
-        Request(inputs=tuple(inputs), out=out if is_url(str(out)) else Path(out), **request),
-        display,
-        signals=signals,
-    )
+    place = out if is_url(str(out)) else Path(out)
+    return run_job(task, Request(inputs=tuple(inputs), out=place, **request), display, signals=signals)
 
 
 def embed(

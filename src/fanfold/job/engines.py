@@ -18,6 +18,8 @@ _lock = threading.RLock()
 _warm: Local | None = None
 _timer: threading.Timer | None = None
 _used_s = 0.0
+_settings: frozenset[tuple[str, str]] = frozenset()  # of stores, as the warm workers were given them
+_OF_STORES = ("AWS_", "FSSPEC_", "GOOGLE_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
 def warm_up(imports: tuple[str, ...], threads: int) -> None:
@@ -44,7 +46,7 @@ def hold() -> threading.RLock:
 
 
 def _local(imports: tuple[str, ...], threads: int) -> Local:
-    global _warm, _timer, _used_s
+    global _warm, _timer, _used_s, _settings
     if os.environ.get(IN_WORKER):
         raise PlanError(
             "a job inside a worker",
@@ -54,9 +56,12 @@ def _local(imports: tuple[str, ...], threads: int) -> Local:
         )
     with _lock:
         _used_s = time.monotonic()
-        if _warm is not None and (_warm.threads != threads or not set(imports) <= set(_warm.imports)):
+        settings = frozenset(item for item in os.environ.items() if item[0].upper().startswith(_OF_STORES))
+        fits = _warm is not None and _warm.threads == threads and set(imports) <= set(_warm.imports)
+        if _warm is not None and not (fits and settings == _settings):
             shutdown()
         if _warm is None:
+            _settings = settings
             _warm = Local((), imports=imports, threads=threads)
         if _timer is None:
             _start_timer(IDLE_S)

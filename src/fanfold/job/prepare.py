@@ -171,13 +171,16 @@ def _write_items(path: Path, plan: Cut, items: list[Item], *, in_parts: bool) ->
     return file.sha256
 
 
-def ensure_prepared(work: JobWork, opened: Opened, detail: WindowDetail, store: Store) -> None:
-    """The window's files are there and sound: looked at once per process, made again where they are not."""
+def ensure_prepared(
+    work: JobWork, opened: Opened, detail: WindowDetail, store: Store, *, to_compute: bool = False
+) -> None:
+    """The window's files are there and sound: looked at once per process, made again where they are not.
+
+    `to_compute` needs the items only: the kept columns of a remote window are not fetched for it.
+    """
     window = detail.window
-    for name, sha256 in (
-        (items_name(window.index), detail.items_sha256),
-        (kept_name(window.index), detail.kept_sha256),
-    ):
+    files = [(items_name(window.index), detail.items_sha256), (kept_name(window.index), detail.kept_sha256)]
+    for name, sha256 in files[:1] if to_compute else files:
         if not is_sound(store, name, sha256):
             _forget(store)
             prepare_window(work, opened, window, store)
