@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import uuid
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -227,18 +226,23 @@ def test_failed_rows_stand_in_the_stores_quarantine(tmp_path, source, s3_bucket,
 # -- going on ---------------------------------------------------------------------------------------------
 
 
-def test_a_job_that_died_goes_on_and_computes_nothing_twice(tmp_path, source, s3_bucket):
-    run(source, tmp_path / "whole", task=FakeTask(calls_path=str(tmp_path / "calls")))
-    calls = (tmp_path / "calls").stat().st_size
-    (tmp_path / "calls").unlink()
-    task = FakeTask(calls_path=str(tmp_path / "calls"))
+def test_a_job_that_died_goes_on_and_computes_nothing_that_was_committed(tmp_path, source, s3_bucket):
+    run(source, tmp_path / "whole")
+    calls = tmp_path / "calls"
+    task = FakeTask(calls_path=str(calls))
     with pytest.raises(Crash):
-        run(source, url(s3_bucket), task=task, display=Listener(20, crash))
+        run(source, url(s3_bucket), task=task, display=Listener(30, crash))
     assert "_SUCCESS" not in held(s3_bucket, "some/out")
+    entries = journal.load(RunFolder(place=url(s3_bucket)).open_to_write(), repair=False)
+    logged = sum(entry["rows"] for entry in entries if entry["kind"] == "lease")
+    calls.unlink()
     done = run(source, url(s3_bucket), task=task)
-    assert done.summary["rows_resumed"] > 0
+    assert 0 < done.summary["rows_resumed"] == logged < NUM_ROWS
     assert parts_of(held(s3_bucket, "some/out")) == local_parts(tmp_path / "whole")
-    assert (tmp_path / "calls").stat().st_size <= calls + 1  # the batch it died in
+    resumed_calls = calls.stat().st_size
+    calls.unlink()
+    run(source, tmp_path / "again", task=task)
+    assert resumed_calls < calls.stat().st_size
 
 
 def test_a_compressed_input_goes_on_too(tmp_path, s3_bucket):

@@ -241,7 +241,7 @@ def test_starting_anew_takes_success_away_first_and_run_json_last(tmp_path, monk
     out = made(tmp_path / "out")
     removed = []
     real = PosixStore.remove
-    monkeypatch.setattr(PosixStore, "remove", lambda store, name: (removed.append(name), real(store, name))[1])
+    monkeypatch.setattr(PosixStore, "remove", lambda store, *names: (removed.extend(names), real(store, *names))[1])
     opened(out, overwrite=True)
     assert removed[0] == SUCCESS
     assert removed[-1] == RUN

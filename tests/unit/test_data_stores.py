@@ -12,8 +12,8 @@ import uuid
 
 import pytest
 
-from fanfold.data.durable import PosixStore
 from fanfold.data import staged
+from fanfold.data.durable import PosixStore
 from fanfold.data.objects import ObjectStore
 from fanfold.data.remote import FsspecObjects
 from fanfold.data.s3 import S3Objects
@@ -252,6 +252,22 @@ def test_a_holder_that_slept_too_long_learns_it_before_it_writes(open_store, clo
         sleeper.append("log", b"2")
     assert "no sign of life was given for 61 s" in refused.value.found
     assert other.read("log") == b"1"
+
+
+@pytest.mark.parametrize(
+    "write", [lambda store: store.replace("_SUCCESS", b""), lambda store: store.remove_folder("pieces")]
+)
+def test_a_holder_that_slept_too_long_neither_replaces_nor_clears_away(objects, open_store, clock, write):
+    sleeper, other = open_store(), open_store()
+    sleeper.claim(".lock")
+    clock.now_s += 61
+    other.claim(".lock")
+    other.replace("pieces/a", b"x")
+    before = dict(objects.held)
+    with pytest.raises(ResumeError) as refused:
+        write(sleeper)
+    assert "no sign of life was given for 61 s" in refused.value.found
+    assert objects.held == before
 
 
 def test_a_holder_that_slept_does_not_release_the_claim_of_another(open_store, clock):

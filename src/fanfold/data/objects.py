@@ -144,7 +144,14 @@ class ObjectStore:
         """Nothing to do: a put that has returned is durable."""
 
     def replace(self, name: str, data: bytes) -> None:
-        """The name holds exactly these bytes, whatever it held before; never something in between."""
+        """The name holds exactly these bytes, whatever it held before; never something in between.
+
+        Raises: ResumeError where another run has taken the claim over.
+        """
+        self.beat()
+        self._put(name, data)
+
+    def _put(self, name: str, data: bytes) -> None:
         self._ask(name, f"writing {len(data):,} bytes", lambda key: self._objects.put(key, data))
 
     def rename(self, old: str, new: str) -> None:
@@ -189,6 +196,7 @@ class ObjectStore:
 
     def remove_folder(self, name: str) -> None:
         """All that is in it is gone, or a log: from its end, so that what a crash leaves is a beginning of it."""
+        self.beat()
         prefix = self._key(name) + "/"
         for key in reversed(self._ask(name, "listing", lambda _: self._objects.list(prefix))):
             self.remove(key.removeprefix(self._key("") + "/") if self._key("") else key)
@@ -257,7 +265,7 @@ class ObjectStore:
                 self._lost = self._taken_over(f"no sign of life was given for {now_s - self._beat_at_s:.0f} s")
                 raise self._lost
             stamp["beat_at_s"] = now_s
-            self.replace(_numbered(name, number), _json(stamp))
+            self._put(_numbered(name, number), _json(stamp))
             self._beat_at_s = now_s
 
     def close(self) -> None:
@@ -270,7 +278,7 @@ class ObjectStore:
             self._claim = None
             held = self._segments(name, whole=False)
             if held and held[-1] == _numbered(name, number):
-                self.replace(held[-1], _json({**stamp, "released": True}))
+                self._put(held[-1], _json({**stamp, "released": True}))
 
     # -- inside ---------------------------------------------------------------------------------------
 
