@@ -258,9 +258,9 @@ def test_the_removal_of_success_is_flushed_before_anything_else_goes(tmp_path, m
         done.append(f"flush {Path(os.readlink(f'/proc/self/fd/{fd}')).name}")
         fsync(fd)
 
-    def noted_remove(store, name):
-        done.append(f"remove {name}")
-        remove(store, name)
+    def noted_remove(store, *names):
+        done.extend(f"remove {name}" for name in names)
+        remove(store, *names)
 
     monkeypatch.setattr(durable.os, "fsync", noted_fsync)
     monkeypatch.setattr(PosixStore, "remove", noted_remove)

@@ -10,15 +10,18 @@ from typing import Any
 
 
 def holder_stamp() -> dict[str, Any]:
-    """Who this process is, so that a person can find it, and its own machine can say whether it lives."""
+    """Who this process is, so that a person can find it."""
     return {
         "host": socket.gethostname(),
         "boot_id": _boot_id(),
         "pid": os.getpid(),
-        "pids": _pid_space(),
-        "begun": _begun(os.getpid()),
         "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def life_stamp() -> dict[str, Any]:
+    """And what its own machine needs to say whether it lives."""
+    return {"pids": _pid_space(), "begun": _begun(os.getpid())}
 
 
 def is_dead(stamp: dict[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from fanfold.data.holder import holder_stamp, is_dead
+from fanfold.data.holder import holder_stamp, is_dead, life_stamp
 from fanfold.errors import PlanError, ResumeError, StorageError
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class ObjectStore:
             expired = self._clock() - stamp.get("beat_at_s", 0.0) >= self.expires_s
             if not (stamp.get("released") or expired or is_dead(stamp)):
                 raise self._held_by(stamp)
-        mine = {**holder_stamp(), "token": uuid.uuid4().hex, "beat_at_s": self._clock()}
+        mine = {**holder_stamp(), **life_stamp(), "token": uuid.uuid4().hex, "beat_at_s": self._clock()}
         if not self._put_new(_numbered(name, number), _json(mine)):
             raise self._held_by(self._stamp(_numbered(name, number)))
         for old in held:  # those before are over
