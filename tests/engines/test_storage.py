@@ -18,7 +18,7 @@ import pytest
 from fanfold.data import journal
 from fanfold.data.objects import PROBE
 from fanfold.data.run_folder import RunFolder
-from fanfold.errors import DifferenceFound, PlanError, RequestError, ResumeError
+from fanfold.errors import DifferenceFound, InputError, PlanError, RequestError, ResumeError
 from fanfold.events import Batch
 from fanfold.job import engines
 from fanfold.job import run as job_run
@@ -186,6 +186,33 @@ def test_every_form_of_input_is_read_from_a_store(tmp_path, s3_bucket, form):
     run(path, tmp_path / "out")
     run(f"s3://{s3_bucket.name}/in/a.{form}", url(s3_bucket), on="cpu:2")
     assert parts_of(held(s3_bucket, "some/out")) == local_parts(tmp_path / "out")
+
+
+def test_a_run_folder_in_a_store_is_an_input(tmp_path, source, s3_bucket):
+    task = FakeTask(faults={records()[7]["text"]: "raise"})  # so that quarantine.jsonl stands there too
+    run(source, tmp_path / "out", task=task, keep=("text",))
+    run(source, url(s3_bucket), task=task, keep=("text",))
+    run(tmp_path / "out", tmp_path / "again", prefix="second_", keep=("text",))
+    run(url(s3_bucket), url(s3_bucket, "again"), prefix="second_", keep=("text",))
+    assert parts_of(held(s3_bucket, "again")) == local_parts(tmp_path / "again")
+
+
+def test_an_input_whose_store_cannot_be_asked_is_an_error_without_its_address(s3_bucket, monkeypatch, tmp_path):
+    import s3fs
+
+    for names, found in (
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "NoCredentialsError"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1/hidden"}, "EndpointConnectionError"),
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in names.items():
+                patch.setenv(name, value)
+            s3fs.S3FileSystem.clear_instance_cache()
+            with pytest.raises(InputError) as refused:
+                run(f"s3://{s3_bucket.name}/in.parquet", tmp_path / "out")
+        assert refused.value.found == f"the store cannot be asked: {found}"
+        assert "hidden" not in str(refused.value)
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_memory_of_this_process_is_an_output_of_inline_jobs_only(tmp_path, source):

@@ -20,7 +20,7 @@ from fanfold.data.holder import holder_stamp
 from fanfold.errors import ResumeError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 try:
@@ -91,6 +91,10 @@ class PosixStore:
                 return True
             self._unlink(source)
         return True
+
+    def put_all_if_absent(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """As `put_if_absent` of each (temporary, name)."""
+        return [self.put_if_absent(temporary, name) for temporary, name in pairs]
 
     def sync_folder(self, name: str) -> None:
         """Names published in the folder survive a crash."""

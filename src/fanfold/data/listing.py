@@ -28,6 +28,7 @@ SUFFIXES: dict[str, Family] = {
     ".pq": "parquet",
 }
 COMPRESSED = (".gz", ".zst")
+_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")  # whose errors are no OSErrors
 _KNOWN = ".jsonl .ndjson .csv .txt (each also .gz or .zst), .parquet .pq"
 
 
@@ -87,6 +88,10 @@ def open_binary(path: str) -> BinaryIO:
         return open(path, "rb", buffering=0)
     except OSError as error:
         raise _unreadable(path, error) from error
+    except Exception as error:
+        if not _is_of_a_library(error):
+            raise
+        raise _unanswered(path, error) from None
 
 
 def _name(path: str) -> str:
@@ -119,6 +124,21 @@ def _unreadable(path: str, error: OSError) -> InputError:
         found=inert(found),
         allowed="a file or folder that exists and that this user may read",
         do="check the path (quote a glob: '*.jsonl') and its permissions",
+    )
+
+
+def _is_of_a_library(error: Exception) -> bool:
+    """Whether a store's own library has raised it."""
+    return type(error).__module__.partition(".")[0] in _LIBRARIES
+
+
+def _unanswered(url: str, error: Exception) -> InputError:
+    """Of the error only its class is shown, for messages may hold addresses."""
+    return InputError(
+        f"the input {inert(url)}",
+        found=f"the store cannot be asked: {type(error).__name__}",
+        allowed="a store that answers, and credentials that may list and read",
+        do="check the connection, the credentials and the endpoint (AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL)",
     )
 
 
@@ -203,9 +223,12 @@ def _of_url(url: str) -> list[InputFile]:
         if not web and glob.has_magic(inner) and not fs.exists(inner):
             paths = [p for p in fs.glob(inner) if not fs.isdir(p)]
         elif not web and fs.isdir(inner):
-            skip = len(inner.rstrip("/"))
-            hidden = ("/.", "/_")
-            paths = [p for p in fs.find(inner) if _known(p) and not any(h in p[skip:] for h in hidden)]
+            top = inner.rstrip("/")
+            if fs.isfile(f"{top}/run.json") and fs.isdir(f"{top}/data"):  # a run folder: its parts
+                paths = [p for p in fs.find(f"{top}/data") if p.rpartition("/")[2].startswith("part-") and _known(p)]
+            else:
+                hidden = ("/.", "/_")
+                paths = [p for p in fs.find(inner) if _known(p) and not any(h in p[len(top) :] for h in hidden)]
         else:
             return [_url_file(fs, inner, url)]
         if not paths:
@@ -213,6 +236,10 @@ def _of_url(url: str) -> list[InputFile]:
         return [_url_file(fs, p, fs.unstrip_protocol(p)) for p in sorted(paths, key=os.fsencode)]
     except OSError as error:
         raise _unreadable(url, error) from error
+    except Exception as error:
+        if not _is_of_a_library(error):
+            raise
+        raise _unanswered(url, error) from None
 
 
 def _url_file(fs: Any, inner: str, url: str) -> InputFile:

@@ -42,7 +42,7 @@ T = TypeVar("T")
 CLAIM_EXPIRES_S = 120.0
 PROBE = ".probe-"  # what a run that is refused or killed may leave: no part of a run folder
 _TRIES = 3
-_READERS = 16  # segments of a log that are read at once
+_AT_ONCE = 16  # requests
 
 
 class Objects(Protocol):
@@ -140,6 +140,13 @@ class ObjectStore:
         self.remove(temporary)
         return True
 
+    def put_all_if_absent(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """As `put_if_absent` of each (temporary, name), side by side: each waits for three answers."""
+        if len(pairs) < 2:
+            return [self.put_if_absent(temporary, name) for temporary, name in pairs]
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            return list(threads.map(lambda pair: self.put_if_absent(*pair), pairs))
+
     def sync_folder(self, name: str) -> None:
         """Nothing to do: a put that has returned is durable."""
 
@@ -212,7 +219,7 @@ class ObjectStore:
         segments = self._segments(name)
         if len(segments) < 2:
             return self._existing(segments[0], "reading") if segments else None
-        with ThreadPoolExecutor(_READERS) as readers:
+        with ThreadPoolExecutor(_AT_ONCE) as readers:
             return b"".join(readers.map(lambda segment: self._existing(segment, "reading"), segments))
 
     def list(self, folder: str) -> list[str]:

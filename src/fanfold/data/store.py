@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 
@@ -27,6 +27,10 @@ class Store(Protocol):
     def make_folders(self, names: Iterable[str]) -> None: ...
     def write_temporary(self, name: str, data: bytes | memoryview) -> None: ...
     def put_if_absent(self, temporary: str, name: str) -> bool: ...
+
+    def put_all_if_absent(self, pairs: Sequence[tuple[str, str]]) -> Sequence[bool]:
+        """As `put_if_absent` of each (temporary, name), at once where that is faster."""
+
     def sync_folder(self, name: str) -> None: ...
     def replace(self, name: str, data: bytes) -> None: ...
     def rename(self, old: str, new: str) -> None: ...

@@ -143,6 +143,16 @@ class StoreSuite:
         assert store.read("data/part") == b"one"
         assert store.read("tmp/b") == b"two"
 
+    def test_many_are_put_at_once_and_each_learns_whether_it_was_first(self, store: Store) -> None:
+        for number in range(30):
+            store.write_temporary(f"tmp/{number}", b"%d" % number)
+        store.replace("data/7", b"taken")
+        pairs = [(f"tmp/{number}", f"data/{number}") for number in range(30)]
+        assert list(store.put_all_if_absent(pairs)) == [number != 7 for number in range(30)]
+        assert store.list("tmp") == ["7"]
+        assert [store.read(f"data/{number}") for number in (6, 7, 8)] == [b"6", b"taken", b"8"]
+        assert list(store.put_all_if_absent([])) == []
+
     def test_of_many_that_publish_one_name_at_once_one_wins(self, store: Store) -> None:
         names = [f"tmp/{i}" for i in range(8)]
         for name in names:
