@@ -485,3 +485,12 @@ def test_a_real_model_through_the_command_line(tmp_path, s3_bucket, monkeypatch)
     done = fanfold("verify", url(s3_bucket))
     assert done.returncode == DifferenceFound.exit_code
     assert f"{url(s3_bucket)}/data/part-000000000.parquet" in done.stderr
+
+
+def test_warm_workers_are_replaced_when_the_settings_of_stores_change(monkeypatch):
+    engines.shutdown()
+    first = engines.engine_for("local", imports=(), threads=1)
+    monkeypatch.setenv("SOMETHING_ELSE", "1")
+    assert engines.engine_for("local", imports=(), threads=1) is first
+    monkeypatch.setenv("AWS_PROFILE", "another")
+    assert engines.engine_for("local", imports=(), threads=1) is not first

@@ -207,6 +207,16 @@ def test_a_truncation_that_is_cut_short_leaves_a_beginning_of_the_log(objects, o
     assert open_store().read("log") == b"12"
 
 
+def test_a_log_whose_removal_is_cut_short_is_a_beginning_of_it(objects, open_store):
+    store = open_store()
+    for line in (b"1", b"2", b"3"):
+        store.append("log", line)
+    objects.fail("delete", times=3, after=True)
+    with pytest.raises(StorageError):
+        store.remove_folder("log")
+    assert open_store().read("log") == b"12"
+
+
 # -- claims -----------------------------------------------------------------------------------------------
 
 
