@@ -34,6 +34,7 @@ PACKAGES = {
     "split": {"numpy"},
     "machine": {*HOST, "threadpoolctl"},
     "data": HOST,
+    "data/s3.py": {"botocore"},
     "plan": {"pydantic"},
     "planner": {"numpy"},
     "engine": {"numpy", "pyarrow", "psutil", "threadpoolctl", "cloudpickle"},
@@ -51,6 +52,7 @@ PACKAGES = {
     "spark": {"pyspark", "pyarrow", "cloudpickle"},  # DataFrames of a session that the caller has
     "cli": {"cyclopts", "rich", "pydantic"},
     "testing": {"numpy", "pyarrow", "pytest", "hypothesis"},
+    "testing/s3.py": {"botocore", "moto", "werkzeug"},
 }
 
 
@@ -134,6 +136,8 @@ def test_imports_only_go_down():
         ("errors.py", "from fanfold.quantity import parse", "floor 0 to floor 0"),
         ("tasks/a.py", "importlib.import_module('fanfold.job.run')", "floor 5 to floor 6"),
         ("cli/a.py", "from fanfold.report import summary", "cli goes through job"),
+        ("data/objects.py", "def f():\n    import botocore.session", "data may use only"),
+        ("job/run.py", "extras.need('botocore', extra='s3')", "job may use only"),
         ("job/a.py", "import fanfold", "no floor has fanfold"),
         ("job/a.py", "from fanfold import Mean", "no floor has fanfold.Mean"),
         ("merge/a.py", "import numpy as np", "in functions only"),
@@ -165,6 +169,7 @@ def test_an_import_that_goes_up_is_found(tmp_path, path, line, why):
         ("extras.py", "from fanfold.errors import MissingExtra"),
         ("split/a.py", "if TYPE_CHECKING:\n    import numpy as np"),
         ("engine/cuda.py", "import torch"),
+        ("data/s3.py", "extras.need('botocore.session', extra='s3')"),
         ("cli/main.py", "from fanfold import __version__, errors\nfrom fanfold.job import run\nimport rich"),
         ("__init__.py", "LAZY = {'embed': 'fanfold.job'}\ndef f():\n    from fanfold.job import run"),
         ("testing/a.py", "from fanfold.engine import inline\nfrom fanfold.testing.laws import check_all"),

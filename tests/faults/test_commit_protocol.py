@@ -171,7 +171,7 @@ def test_a_late_twin_is_ignored(job, expected, monkeypatch, wait):
 
 def other_bytes(work, result):
     """As a model that does not compute the same twice."""
-    path = work.folder / result.temporary
+    path = Path(work.folder.place) / result.temporary
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
     path.write_bytes(data)

@@ -241,7 +241,7 @@ def test_starting_anew_takes_success_away_first_and_run_json_last(tmp_path, monk
     out = made(tmp_path / "out")
     removed = []
     real = PosixStore.remove
-    monkeypatch.setattr(PosixStore, "remove", lambda store, name: (removed.append(name), real(store, name))[1])
+    monkeypatch.setattr(PosixStore, "remove", lambda store, *names: (removed.extend(names), real(store, *names))[1])
     opened(out, overwrite=True)
     assert removed[0] == SUCCESS
     assert removed[-1] == RUN
@@ -258,9 +258,9 @@ def test_the_removal_of_success_is_flushed_before_anything_else_goes(tmp_path, m
         done.append(f"flush {Path(os.readlink(f'/proc/self/fd/{fd}')).name}")
         fsync(fd)
 
-    def noted_remove(store, name):
-        done.append(f"remove {name}")
-        remove(store, name)
+    def noted_remove(store, *names):
+        done.extend(f"remove {name}" for name in names)
+        remove(store, *names)
 
     monkeypatch.setattr(durable.os, "fsync", noted_fsync)
     monkeypatch.setattr(PosixStore, "remove", noted_remove)

@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import uuid
+
 import pytest
 
+from fanfold.data import staged
 from fanfold.data.durable import PosixStore
 from fanfold.data.objects import ObjectStore
-from fanfold.errors import PlanError, ResumeError, StorageError
-from fanfold.testing.stores import MemoryObjects, StoreSuite
+from fanfold.data.remote import FsspecObjects
+from fanfold.data.s3 import S3Objects
+from fanfold.data.staged import StagedStore
+from fanfold.errors import MissingExtra, PlanError, ResumeError, StorageError
+from fanfold.testing.stores import LocalFilesSuite, MemoryObjects, StoreSuite
 
 
-class TestPosixStore(StoreSuite):
+class TestPosixStore(LocalFilesSuite):
     @pytest.fixture
     def make(self, tmp_path):
         return lambda: PosixStore(tmp_path / "out")
+
+
+class TestStagedStore(LocalFilesSuite):
+    @pytest.fixture
+    def make(self, tmp_path):
+        objects, numbers = MemoryObjects(), itertools.count()
+
+        def make():
+            scratch = tmp_path / str(next(numbers))  # as on another machine
+            scratch.mkdir()
+            return StagedStore(objects, "bucket/out", scratch=scratch)
+
+        return make
+
+
+class TestMemoryOfFsspec(LocalFilesSuite):
+    @pytest.fixture
+    def make(self):
+        top = f"bucket-{uuid.uuid4().hex}"
+        return lambda: StagedStore(FsspecObjects("memory", top), "out")
+
+
+class TestS3(LocalFilesSuite):
+    @pytest.fixture
+    def make(self, s3, s3_bucket):
+        return lambda: StagedStore(S3Objects(s3_bucket.name), "some/out", pause_s=0.01)
 
 
 class TestObjectStore(StoreSuite):
@@ -169,6 +207,16 @@ def test_a_truncation_that_is_cut_short_leaves_a_beginning_of_the_log(objects, o
     assert open_store().read("log") == b"12"
 
 
+def test_a_log_whose_removal_is_cut_short_is_a_beginning_of_it(objects, open_store):
+    store = open_store()
+    for line in (b"1", b"2", b"3"):
+        store.append("log", line)
+    objects.fail("delete", times=3, after=True)
+    with pytest.raises(StorageError):
+        store.remove_folder("log")
+    assert open_store().read("log") == b"12"
+
+
 # -- claims -----------------------------------------------------------------------------------------------
 
 
@@ -216,6 +264,22 @@ def test_a_holder_that_slept_too_long_learns_it_before_it_writes(open_store, clo
     assert other.read("log") == b"1"
 
 
+@pytest.mark.parametrize(
+    "write", [lambda store: store.replace("_SUCCESS", b""), lambda store: store.remove_folder("pieces")]
+)
+def test_a_holder_that_slept_too_long_neither_replaces_nor_clears_away(objects, open_store, clock, write):
+    sleeper, other = open_store(), open_store()
+    sleeper.claim(".lock")
+    clock.now_s += 61
+    other.claim(".lock")
+    other.replace("pieces/a", b"x")
+    before = dict(objects.held)
+    with pytest.raises(ResumeError) as refused:
+        write(sleeper)
+    assert "no sign of life was given for 61 s" in refused.value.found
+    assert objects.held == before
+
+
 def test_a_holder_that_slept_does_not_release_the_claim_of_another(open_store, clock):
     sleeper, other = open_store(), open_store()
     sleeper.claim(".lock")
@@ -241,3 +305,171 @@ def test_a_damaged_stamp_is_taken_for_a_dead_holder(objects, open_store):
     (name,) = [name for name in objects.held if "/.lock/" in name]
     objects.held[name] = b"\0\0"
     open_store().claim(".lock")
+
+
+def test_a_holder_whose_process_this_machine_knows_to_be_dead_is_not_waited_for(objects, open_store):
+    code = "import json; from fanfold.data.holder import *; print(json.dumps({**holder_stamp(), **life_stamp()}))"
+    stamp = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    open_store().claim(".lock")
+    (name,) = [name for name in objects.held if "/.lock/" in name]
+    held = json.loads(objects.held[name])
+    assert stamp.keys() < held.keys()
+    elsewhere = [{"host": "another"}, {"boot_id": "another"}, {"pids": "pid:[1]"}]  # machine, start, container
+    for other in [*elsewhere, {"begun": None}]:
+        objects.held[name] = json.dumps({**held, **stamp, **other}).encode()
+        with pytest.raises(ResumeError):
+            open_store().claim(".lock")
+    objects.held[name] = json.dumps({**held, **stamp}).encode()
+    open_store().claim(".lock")
+
+
+def test_a_process_that_has_taken_the_number_of_a_dead_holder_is_not_taken_for_it(objects, open_store):
+    open_store().claim(".lock")
+    (name,) = [name for name in objects.held if "/.lock/" in name]
+    held = json.loads(objects.held[name])
+    assert held["pid"] == os.getpid()
+    objects.held[name] = json.dumps({**held, "begun": "1"}).encode()
+    open_store().claim(".lock")
+
+
+# -- heartbeat --------------------------------------------------------------------------------------------
+
+
+def test_a_claim_lives_on_while_nothing_is_written(objects, tmp_path):
+    class Fast(Clock):
+        now_s = 0.0
+
+        def __call__(self):
+            self.now_s += 100.0  # every look at the clock is far later than the one before
+            return self.now_s
+
+    holder = StagedStore(objects, "out", scratch=tmp_path, expires_s=0.08, clock=Fast())
+    holder.claim(".lock")
+    (name,) = [name for name in objects.held if "/.lock/" in name]
+    first, beats = objects.held[name], threading.Event()
+    real = objects.put
+
+    def put(key, data):
+        real(key, data)
+        if key == name and data != first:
+            beats.set()
+
+    objects.put = put
+    assert beats.wait(10)
+    holder.close()
+    assert json.loads(objects.held[name])["released"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "fanfold-heartbeat"]
+
+
+def test_a_heartbeat_that_finds_the_claim_taken_stops_the_next_write(objects, clock, tmp_path):
+    sleeper = StagedStore(objects, "out", scratch=tmp_path, expires_s=60, clock=clock)
+    sleeper.claim(".lock")
+    clock.now_s += 61
+    ObjectStore(objects, "out", expires_s=60, clock=clock).claim(".lock")
+    with pytest.raises(ResumeError):
+        sleeper.beat()  # as the thread does, which can tell nobody
+    with pytest.raises(ResumeError) as refused:
+        sleeper.append("log", b"1")
+    assert "no sign of life was given for 61 s" in refused.value.found
+    sleeper.close()
+
+
+# -- copies -----------------------------------------------------------------------------------------------
+
+
+def test_the_oldest_copies_are_thrown_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(staged, "KEEP_BYTES", 25)
+    objects = MemoryObjects()
+    store = StagedStore(objects, "out", scratch=tmp_path)
+    for name in "abc":
+        store.replace(name, name.encode() * 10)
+    for name in "abacb":  # b goes for c, then a for b
+        assert store.file(name).read_bytes() == name.encode() * 10
+    assert sorted(path.name for path in store.files.iterdir()) == ["b", "c"]
+    gets = [name for verb, name in objects.calls if verb == "get"]
+    assert gets == ["out/a", "out/b", "out/c", "out/b"]
+
+
+def test_a_store_without_a_folder_for_its_files_takes_one_away_again():
+    store = StagedStore(MemoryObjects(), "out")
+    store.new_file("tmp/a").write_bytes(b"x")
+    folder = store.files
+    assert folder.is_dir()
+    store.close()
+    assert not folder.exists()
+
+
+# -- S3 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def s3_store(s3, s3_bucket):
+    return StagedStore(S3Objects(s3_bucket.name), "out", pause_s=0.01)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("status", ["500 Internal Server Error", "503 Slow Down", "409 Conflict"])
+def test_a_conditional_put_that_s3_did_not_answer_well_is_tried_again(s3, s3_store, status, after):
+    s3.fail("PUT", status, after=after)
+    s3_store.append("log", b"one")
+    s3_store.append("log", b"two")
+    assert s3_store.read("log") == b"onetwo"
+
+
+def test_a_name_that_another_took_meanwhile_in_s3_is_not_ours(s3, s3_bucket, s3_store):
+    s3_store.write_temporary("tmp/a", b"one")
+    s3_bucket.client.put_object(Bucket=s3_bucket.name, Key="out/data/part", Body=b"other")
+    s3.fail("PUT", after=False)
+    assert not s3_store.put_if_absent("tmp/a", "data/part")
+    assert s3_store.read("data/part") == b"other"
+
+
+def test_more_names_than_one_request_takes_are_removed(s3_bucket, s3_store, monkeypatch):
+    monkeypatch.setattr("fanfold.data.s3._MANY", 3)
+    names = [f"data/{i}" for i in range(8)]
+    for name in names:
+        s3_store.replace(name, b"x")
+    s3_store.remove(*names[:7])
+    assert s3_store.list("data") == ["7"]
+
+
+def test_a_bucket_that_is_not_there_is_refused_at_once(s3, s3_bucket):
+    store = ObjectStore(S3Objects("no-such-bucket"), "out", shown="s3://no-such-bucket/out")
+    before = s3.requests.total()
+    with pytest.raises(StorageError) as refused:
+        store.claim(".lock")
+    assert s3.requests.total() == before + 1
+    assert refused.value.found == "NoSuchBucket (404)"
+    assert "AWS_ENDPOINT_URL" in refused.value.do
+
+
+def test_missing_credentials_are_refused(s3, s3_bucket, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(StorageError) as refused:
+        ObjectStore(S3Objects(s3_bucket.name), "out").claim(".lock")
+    assert refused.value.found == "NoCredentialsError"
+    assert "AWS_PROFILE" in refused.value.do
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_there_is_an_error_without_its_address(s3, s3_bucket, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1/hidden")
+    with pytest.raises(StorageError) as refused:
+        ObjectStore(S3Objects(s3_bucket.name), "out").append("log", b"x")
+    assert "EndpointConnectionError" in refused.value.found
+    assert "hidden" not in str(refused.value)
+
+
+def test_without_botocore_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("fanfold.extras.has", lambda module: not module.startswith("botocore"))
+    with pytest.raises(MissingExtra) as refused:
+        S3Objects("bucket")
+    assert "pip install 'fanfold[s3]'" in refused.value.do
+
+
+@pytest.mark.parametrize("scheme", ["http", "ftp", "abfs", "hf", "sftp"])
+def test_a_store_that_cannot_keep_two_writers_apart_is_refused(scheme):
+    with pytest.raises(PlanError) as refused:
+        FsspecObjects(scheme, "host")
+    assert "cannot keep two writers apart" in refused.value.found

@@ -12,16 +12,16 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
-import time
+import shutil
 import uuid
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fanfold.data.holder import holder_stamp
 from fanfold.errors import ResumeError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
 try:
     import fcntl
@@ -40,6 +40,10 @@ class PosixStore:
 
     def path(self, name: str) -> Path:
         return self.root / name
+
+    @property
+    def shown(self) -> str:
+        return str(self.root)
 
     # -- writing --------------------------------------------------------------------------------------
 
@@ -87,6 +91,10 @@ class PosixStore:
                 return True
             self._unlink(source)
         return True
+
+    def put_all_if_absent(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """As `put_if_absent` of each (temporary, name)."""
+        return [self.put_if_absent(temporary, name) for temporary, name in pairs]
 
     def sync_folder(self, name: str) -> None:
         """Names published in the folder survive a crash."""
@@ -142,13 +150,18 @@ class PosixStore:
             finally:
                 os.close(fd)
 
-    def remove(self, name: str) -> None:
-        """The name is gone; missing is fine."""
-        with _storage_errors(self.path(name), "removing"):
-            try:
-                self._unlink(self.path(name))
-            except FileNotFoundError:
-                pass
+    def remove(self, *names: str) -> None:
+        """The names are gone; missing is fine."""
+        for name in names:
+            with _storage_errors(self.path(name), "removing"):
+                try:
+                    self._unlink(self.path(name))
+                except FileNotFoundError:
+                    pass
+
+    def remove_folder(self, name: str) -> None:
+        """The folder and all in it are gone; not durable, and what cannot be removed stays."""
+        shutil.rmtree(self.path(name), ignore_errors=True)
 
     # -- reading --------------------------------------------------------------------------------------
 
@@ -167,6 +180,33 @@ class PosixStore:
                 return sorted(os.listdir(self.path(folder)))
             except FileNotFoundError:
                 return []
+
+    def size_bytes(self, name: str) -> int | None:
+        """How large the file is; None where there is none."""
+        with _storage_errors(self.path(name), "reading"):
+            try:
+                return self.path(name).stat().st_size
+            except FileNotFoundError:
+                return None
+
+    # -- files that others read and write: here the files themselves ----------------------------------
+
+    @property
+    def files(self) -> Path:
+        return self.root
+
+    def new_file(self, name: str) -> Path:
+        return self.path(name)
+
+    def place(self, temporary: str, name: str) -> None:
+        """The file stands under its name, whatever was there; for what can be made again, so it is not flushed."""
+        os.replace(self.path(temporary), self.path(name))
+
+    def file(self, name: str) -> Path:
+        return self.path(name)
+
+    def refresh(self, name: str) -> bool:
+        return False  # it is no copy
 
     # -- one writer at a time -------------------------------------------------------------------------
 
@@ -261,20 +301,6 @@ def rename_noreplace(source: Path, target: Path) -> None:
     if library.renameat2(at_cwd, os.fsencode(source), at_cwd, os.fsencode(target), no_replace) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(target))
-
-
-def holder_stamp() -> dict[str, Any]:
-    """Who this process is, so that a person can find it."""
-    try:
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        boot_id = ""
-    return {
-        "host": socket.gethostname(),
-        "boot_id": boot_id,
-        "pid": os.getpid(),
-        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
 
 
 class _storage_errors:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fanfold.data.durable import PosixStore
-from fanfold.errors import RequestError, ResumeError, StorageError
+from fanfold.data.objects import PROBE
+from fanfold.data.run_folder import RunFolder, local_path, remote_place
+from fanfold.data.scratch import scratch_folder
+from fanfold.errors import InternalError, RequestError, ResumeError, StorageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from fanfold.data.store import Store
 
 RUN, SUMMARY, SUCCESS, QUARANTINE, TRACE, CLAIM = (
     "run.json",
@@ -26,41 +31,60 @@ FILE_SUFFIXES = (".parquet", ".jsonl", ".csv")
 
 
 class Output:
-    """What `-o` names: a run folder, or one file with its run folder beside it."""
+    """What `-o` names: a run folder on a disk or in an object store, or one file with its run folder beside it."""
 
-    def __init__(self, out: Path) -> None:
-        out = out.absolute()
-        self.file = out if out.suffix in FILE_SUFFIXES and not out.is_dir() else None
-        self.folder = out.with_name(out.name + ".run") if self.file else out
-        self.format = out.suffix[1:] if self.file else "parquet"
+    def __init__(self, out: str | Path) -> None:
+        path = local_path(out)
+        self.file = path if path is not None and path.suffix in FILE_SUFFIXES and not path.is_dir() else None
+        self.format = self.file.suffix[1:] if self.file else "parquet"
+        self.local = path.with_name(path.name + ".run") if path is not None and self.file else path
+        self.place = remote_place(str(out)) if self.local is None else str(self.local)
 
     @property
-    def shown(self) -> Path:
+    def shown(self) -> Path | str:
         """What the user named."""
         return self.file or self.folder
 
+    @property
+    def folder(self) -> Path | str:
+        """The run folder: a path, or a URL."""
+        return self.local or self.place
 
-def open_run(output: Output, *, overwrite: bool, sync: bool = True) -> tuple[PosixStore, dict[str, Any] | None]:
+    @contextmanager
+    def local_files(self) -> Iterator[Path | None]:
+        """A folder for the local files of a run folder in an object store; None where it is on a disk itself."""
+        if self.local is not None:
+            yield None
+            return
+        with scratch_folder() as folder:
+            yield folder
+
+    def spool(self, scratch: Path | None) -> Path:
+        """Where windows of streamed inputs are kept: beside the output, or with the local files."""
+        return (self.local or scratch or _nowhere()) / "spool"
+
+
+def open_run(
+    output: Output, *, overwrite: bool, sync: bool = True, scratch: Path | None = None
+) -> tuple[Store, dict[str, Any] | None]:
     """The claimed store and the run.json of the job it holds, None for a new one. Touches nothing foreign."""
-    folder = output.folder
-    found = _foreign(folder, overwrite)
-    if found:
-        raise ResumeError(
-            f"output to {output.shown}",
-            found=f"{folder} holds something else: {', '.join(found[:3])}",
-            allowed="an empty or new folder, or one that a run of Fanfold has made",
-            do="choose another output with -o; nothing was changed",
-        )
-    has_run = (folder / RUN).exists()
-    if output.file is not None and output.file.exists() and not has_run and not overwrite:
-        raise ResumeError(
-            f"output to {output.file}",
-            found="the file exists and no run of Fanfold stands beside it",
-            allowed="a new file",
-            do="choose another output with -o, or replace the file with --overwrite",
-        )
-    store = PosixStore(folder, sync=sync)
     try:
+        store = RunFolder(place=output.place, sync=sync, scratch=scratch).open_to_write()
+        found = _foreign(output.local, overwrite) if output.local is not None else _foreign_objects(store, overwrite)
+        if found:
+            raise ResumeError(
+                f"output to {output.shown}",
+                found=f"{output.folder} holds something else: {', '.join(found[:3])}",
+                allowed="an empty or new folder, or one that a run of Fanfold has made",
+                do="choose another output with -o; nothing was changed",
+            )
+        if output.file is not None and output.file.exists() and store.read(RUN) is None and not overwrite:
+            raise ResumeError(
+                f"output to {output.file}",
+                found="the file exists and no run of Fanfold stands beside it",
+                allowed="a new file",
+                do="choose another output with -o, or replace the file with --overwrite",
+            )
         store.make_folders(["."])
         store.claim(CLAIM)
     except StorageError as error:  # nothing was started
@@ -69,10 +93,10 @@ def open_run(output: Output, *, overwrite: bool, sync: bool = True) -> tuple[Pos
         if overwrite:
             _clear(store)
         store.make_folders(FOLDERS)
-        for name in store.list("tmp"):  # of runs that have died; the folder is ours alone now
-            store.remove(f"tmp/{name}")
+        # Of runs that have died; the folder is ours alone now.
+        store.remove(*(f"tmp/{name}" for name in store.list("tmp")))
         for name in store.list("."):
-            if name.endswith(".tmp") and name.rsplit(".", 2)[0] in _OURS:
+            if name.startswith(PROBE) or (name.endswith(".tmp") and name.rsplit(".", 2)[0] in _OURS):
                 store.remove(name)
         return store, read_json(store, RUN)
     except BaseException:
@@ -80,7 +104,7 @@ def open_run(output: Output, *, overwrite: bool, sync: bool = True) -> tuple[Pos
         raise
 
 
-def read_json(store: PosixStore, name: str) -> dict[str, Any] | None:
+def read_json(store: Store, name: str) -> dict[str, Any] | None:
     """The object in the file; None where there is no file; ResumeError where it is damaged."""
     data = store.read(name)
     if data is None:
@@ -99,9 +123,18 @@ def read_json(store: PosixStore, name: str) -> dict[str, Any] | None:
     return value
 
 
-def write_json(store: PosixStore, name: str, value: dict[str, Any]) -> None:
+def write_json(store: Store, name: str, value: dict[str, Any]) -> None:
     """The file holds the object, readable by people."""
     store.replace(name, json.dumps(value, indent=2, ensure_ascii=False, default=str).encode() + b"\n")
+
+
+def _nowhere() -> Path:
+    raise InternalError(
+        "a folder for spooled input",
+        found="neither an output folder nor a local one",
+        allowed="one of them",
+        do="report this",
+    )
 
 
 def _foreign(folder: Path, overwrite: bool) -> list[str]:
@@ -128,22 +161,39 @@ def _foreign(folder: Path, overwrite: bool) -> list[str]:
     ]
 
 
+def _foreign_objects(store: Store, overwrite: bool) -> list[str]:
+    """As `_foreign`, of a prefix in an object store: there are no empty folders, and a claim is a folder."""
+    names = store.list(".")
+    if RUN in names:
+        ours = _says_ours(store.read(RUN))
+        if ours is None:
+            ours = not overwrite or CLAIM in names
+        return [] if ours else [f"{RUN} that Fanfold has not written"]
+    return [name for name in names if name != CLAIM and not name.startswith(PROBE)]
+
+
 def _is_ours(path: Path) -> bool | None:
     """Whether a run of Fanfold has written this run.json; None where it is damaged and cannot say."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return _says_ours(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _says_ours(data: bytes | None) -> bool | None:
+    try:
+        value = json.loads(data or b"")
+    except (ValueError, RecursionError):
         return None
     return {"fanfold_version", "fingerprint"} <= value.keys() if isinstance(value, dict) else None
 
 
-def _clear(store: PosixStore) -> None:
+def _clear(store: Store) -> None:
     """Start anew: what a run has made is gone, _SUCCESS first; anything else stays."""
     store.remove(SUCCESS)
     store.sync_folder(".")  # a crash must never leave _SUCCESS beside half a folder
-    for name in (SUMMARY, QUARANTINE, TRACE, "commits.log"):
-        store.remove(name)
-    for name in FOLDERS:
-        shutil.rmtree(store.path(name), ignore_errors=True)
+    store.remove(SUMMARY, QUARANTINE, TRACE, "commits.log")
+    for name in ("commits.log", *FOLDERS):  # in an object store, a log is a folder of segments
+        store.remove_folder(name)
     store.sync_folder(".")  # without run.json, what is left would look like somebody else's
     store.remove(RUN)

@@ -15,7 +15,7 @@ from fanfold.errors import ResumeError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from fanfold.data.durable import PosixStore
+    from fanfold.data.store import Store
 
 NAME = "commits.log"
 
@@ -40,12 +40,12 @@ def decode(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def append(store: PosixStore, entries: Iterable[dict[str, Any]]) -> None:
+def append(store: Store, entries: Iterable[dict[str, Any]]) -> None:
     """The entries are in the log, safely on the disk; together they cost one flush."""
     store.append(NAME, b"".join(encode(entry) for entry in entries))
 
 
-def load(store: PosixStore, *, repair: bool = True) -> list[dict[str, Any]]:
+def load(store: Store, *, repair: bool = True) -> list[dict[str, Any]]:
     """All entries in order; a torn end is cut off the file, or only left out where `repair` is False."""
     data = store.read(NAME)
     if data is None:

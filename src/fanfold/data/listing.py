@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from fanfold.data.failures import inert
 from fanfold.data.source import InputFile
+from fanfold.data.urls import is_url, plain_url
 from fanfold.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ SUFFIXES: dict[str, Family] = {
     ".pq": "parquet",
 }
 COMPRESSED = (".gz", ".zst")
+_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")  # whose errors are no OSErrors
 _KNOWN = ".jsonl .ndjson .csv .txt (each also .gz or .zst), .parquet .pq"
 
 
@@ -52,7 +54,7 @@ def list_inputs(inputs: Sequence[str]) -> Listing:
                 do="give '-' alone, or name the files only",
             )
         return Listing(family="jsonl", files=(InputFile(path=STDIN, size_bytes=None, mtime_ns=None),))
-    files = [file for given in inputs for file in (_of_url(given) if is_url(given) else _of_local(given))]
+    files = [file for given in inputs for file in (_of_url(plain_url(given)) if is_url(given) else _of_local(given))]
     if not files:
         raise InputError(
             "the job reads its inputs",
@@ -72,11 +74,6 @@ def list_inputs(inputs: Sequence[str]) -> Listing:
     return Listing(family=family, files=tuple(files))
 
 
-def is_url(path: str) -> bool:
-    """Whether fsspec reads this rather than the local file system."""
-    return "://" in path
-
-
 def compression(path: str) -> str | None:
     """`.gz`, `.zst` or None."""
     return next((suffix for suffix in COMPRESSED if _name(path).endswith(suffix)), None)
@@ -91,6 +88,10 @@ def open_binary(path: str) -> BinaryIO:
         return open(path, "rb", buffering=0)
     except OSError as error:
         raise _unreadable(path, error) from error
+    except Exception as error:
+        if not _is_of_a_library(error):
+            raise
+        raise _unanswered(path, error) from None
 
 
 def _name(path: str) -> str:
@@ -123,6 +124,21 @@ def _unreadable(path: str, error: OSError) -> InputError:
         found=inert(found),
         allowed="a file or folder that exists and that this user may read",
         do="check the path (quote a glob: '*.jsonl') and its permissions",
+    )
+
+
+def _is_of_a_library(error: Exception) -> bool:
+    """Whether a store's own library has raised it."""
+    return type(error).__module__.partition(".")[0] in _LIBRARIES
+
+
+def _unanswered(url: str, error: Exception) -> InputError:
+    """Of the error only its class is shown, for messages may hold addresses."""
+    return InputError(
+        f"the input {inert(url)}",
+        found=f"the store cannot be asked: {type(error).__name__}",
+        allowed="a store that answers, and credentials that may list and read",
+        do="check the connection, the credentials and the endpoint (AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL)",
     )
 
 
@@ -201,14 +217,18 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 def _of_url(url: str) -> list[InputFile]:
     fs, inner = _file_system(url)
+    fs.invalidate_cache()  # another call of this process may have listed it before
     web = url.startswith(("http://", "https://"))
     try:
         if not web and glob.has_magic(inner) and not fs.exists(inner):
             paths = [p for p in fs.glob(inner) if not fs.isdir(p)]
         elif not web and fs.isdir(inner):
-            skip = len(inner.rstrip("/"))
-            hidden = ("/.", "/_")
-            paths = [p for p in fs.find(inner) if _known(p) and not any(h in p[skip:] for h in hidden)]
+            top = inner.rstrip("/")
+            if fs.isfile(f"{top}/run.json") and fs.isdir(f"{top}/data"):  # a run folder: its parts
+                paths = [p for p in fs.find(f"{top}/data") if p.rpartition("/")[2].startswith("part-") and _known(p)]
+            else:
+                hidden = ("/.", "/_")
+                paths = [p for p in fs.find(inner) if _known(p) and not any(h in p[len(top) :] for h in hidden)]
         else:
             return [_url_file(fs, inner, url)]
         if not paths:
@@ -216,6 +236,10 @@ def _of_url(url: str) -> list[InputFile]:
         return [_url_file(fs, p, fs.unstrip_protocol(p)) for p in sorted(paths, key=os.fsencode)]
     except OSError as error:
         raise _unreadable(url, error) from error
+    except Exception as error:
+        if not _is_of_a_library(error):
+            raise
+        raise _unanswered(url, error) from None
 
 
 def _url_file(fs: Any, inner: str, url: str) -> InputFile:

@@ -21,21 +21,28 @@ must give it (S3, Google's and Azure's all promise that).
 from __future__ import annotations
 
 import json
+import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from fanfold.data.durable import holder_stamp
+from fanfold.data.holder import holder_stamp, is_dead, life_stamp
 from fanfold.errors import PlanError, ResumeError, StorageError
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable, Iterable, Sequence
+
+    Blob = bytes | mmap.mmap
 
 T = TypeVar("T")
 
 CLAIM_EXPIRES_S = 120.0
+PROBE = ".probe-"  # what a run that is refused or killed may leave: no part of a run folder
 _TRIES = 3
+_AT_ONCE = 16  # requests
 
 
 class Objects(Protocol):
@@ -44,36 +51,20 @@ class Objects(Protocol):
     def get(self, name: str) -> bytes | None:
         """The object's bytes; None where there is none."""
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: Blob) -> None:
         """The object holds these bytes, whatever it held before."""
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """The object holds these bytes; False, and nothing changed, where the name was taken."""
+        """The object holds these bytes; False, and nothing changed, where the name was taken. One try, no more."""
 
     def list(self, prefix: str) -> list[str]:
         """The names of all objects that begin like this, sorted."""
 
-    def delete(self, name: str) -> None:
-        """The name is free; missing is fine."""
+    def size_bytes(self, name: str) -> int | None:
+        """How large the object is; None where there is none."""
 
-
-class Store(Protocol):
-    """The verbs of every backend. `fanfold.testing.stores.StoreSuite` says what each of them promises."""
-
-    def make_folders(self, names: Iterable[str]) -> None: ...
-    def write_temporary(self, name: str, data: bytes | memoryview) -> None: ...
-    def seal(self, name: str) -> None: ...
-    def put_if_absent(self, temporary: str, name: str) -> bool: ...
-    def sync_folder(self, name: str) -> None: ...
-    def replace(self, name: str, data: bytes) -> None: ...
-    def rename(self, old: str, new: str) -> None: ...
-    def append(self, name: str, data: bytes) -> None: ...
-    def truncate(self, name: str, size_bytes: int) -> None: ...
-    def remove(self, name: str) -> None: ...
-    def read(self, name: str) -> bytes | None: ...
-    def list(self, folder: str) -> list[str]: ...
-    def claim(self, name: str) -> None: ...
-    def close(self) -> None: ...
+    def delete(self, *names: str) -> None:
+        """The names are free; missing is fine."""
 
 
 class ObjectStore:
@@ -84,27 +75,40 @@ class ObjectStore:
         objects: Objects,
         root: str = "",
         *,
+        shown: str = "",
         expires_s: float = CLAIM_EXPIRES_S,
+        pause_s: float = 0.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`clock` gives seconds that all machines agree on, more or less: the heartbeat of the claim."""
+        """`clock` gives seconds that all machines agree on, more or less: the heartbeat of the claim.
+
+        `shown` is what messages call the prefix; `pause_s` is waited before a second try, four times as long
+        before a third.
+        """
         self.root = PurePosixPath(root)
+        self.shown = shown or root
         self.expires_s = expires_s
+        self._pause_s = pause_s
+        self._proved = False
+        self._lost: ResumeError | None = None
+        self._lock = threading.RLock()  # a heartbeat may come from another thread
         self._objects = objects
         self._clock = clock
         self._next_segment: dict[str, int] = {}
         self._claim: tuple[str, int, dict[str, Any]] | None = None  # name, number, stamp
         self._beat_at_s = 0.0
 
-    def path(self, name: str) -> PurePosixPath:
+    def path(self, name: str) -> str:
         """What messages call it."""
-        return self.root / name
+        return f"{self.shown.rstrip('/')}/{name}"
 
     # -- writing --------------------------------------------------------------------------------------
 
     def make_folders(self, names: Iterable[str]) -> None:
         """Nothing to make: folders are parts of names. Refuses a store whose conditional put is none."""
-        probe = f"tmp/probe-{uuid.uuid4().hex}"
+        if self._proved:
+            return
+        probe = f"{PROBE}{uuid.uuid4().hex}"
         try:
             first, second = self._put_new(probe, b"1"), self._put_new(probe, b"2")
         except NotImplementedError:
@@ -112,13 +116,14 @@ class ObjectStore:
         self.remove(probe)
         if not first or second:
             raise PlanError(
-                f"output to {self.root}",
+                f"output to {self.shown}",
                 found="the store has no conditional put: it wrote over an object that must not be written twice"
                 if second
                 else "the store has no conditional put",
                 allowed="a store that can put an object only if its name is free (If-None-Match: *)",
-                do="use another store, or a folder on a disk",
+                do="it cannot keep two writers apart; use another store, or a folder on a disk",
             )
+        self._proved = True
 
     def write_temporary(self, name: str, data: bytes | memoryview) -> None:
         """The object holds the bytes."""
@@ -135,11 +140,25 @@ class ObjectStore:
         self.remove(temporary)
         return True
 
+    def put_all_if_absent(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """As `put_if_absent` of each (temporary, name), side by side: each waits for three answers."""
+        if len(pairs) < 2:
+            return [self.put_if_absent(temporary, name) for temporary, name in pairs]
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            return list(threads.map(lambda pair: self.put_if_absent(*pair), pairs))
+
     def sync_folder(self, name: str) -> None:
         """Nothing to do: a put that has returned is durable."""
 
     def replace(self, name: str, data: bytes) -> None:
-        """The name holds exactly these bytes, whatever it held before; never something in between."""
+        """The name holds exactly these bytes, whatever it held before; never something in between.
+
+        Raises: ResumeError where another run has taken the claim over.
+        """
+        self.beat()
+        self._put(name, data)
+
+    def _put(self, name: str, data: bytes) -> None:
         self._ask(name, f"writing {len(data):,} bytes", lambda key: self._objects.put(key, data))
 
     def rename(self, old: str, new: str) -> None:
@@ -176,9 +195,19 @@ class ObjectStore:
             total = start
         self._next_segment.pop(name, None)
 
-    def remove(self, name: str) -> None:
-        """The name is gone; missing is fine."""
-        self._ask(name, "removing", self._objects.delete)
+    def remove(self, *names: str) -> None:
+        """The names are gone; missing is fine."""
+        if names:
+            keys = [self._key(name) for name in names]
+            self._ask(names[0], "removing", lambda _: self._objects.delete(*keys))
+
+    def remove_folder(self, name: str) -> None:
+        """All that is in it is gone, or a log: from its end, so that what a crash leaves is a beginning of it."""
+        self.beat()
+        prefix = self._key(name) + "/"
+        for key in reversed(self._ask(name, "listing", lambda _: self._objects.list(prefix))):
+            self.remove(key.removeprefix(self._key("") + "/") if self._key("") else key)
+        self._next_segment.pop(name, None)
 
     # -- reading --------------------------------------------------------------------------------------
 
@@ -188,7 +217,10 @@ class ObjectStore:
         if data is not None:
             return data
         segments = self._segments(name)
-        return b"".join(self._existing(segment, "reading") for segment in segments) if segments else None
+        if len(segments) < 2:
+            return self._existing(segments[0], "reading") if segments else None
+        with ThreadPoolExecutor(_AT_ONCE) as readers:
+            return b"".join(readers.map(lambda segment: self._existing(segment, "reading"), segments))
 
     def list(self, folder: str) -> list[str]:
         """Names in the folder, sorted; a log is one name; empty where there is none."""
@@ -196,17 +228,25 @@ class ObjectStore:
         found = self._ask(folder, "listing", lambda _: self._objects.list(prefix))
         return sorted({name.removeprefix(prefix).partition("/")[0] for name in found})
 
+    def size_bytes(self, name: str) -> int | None:
+        """How large the object is; None where there is none."""
+        return self._ask(name, "reading", self._objects.size_bytes)
+
     # -- one writer at a time -------------------------------------------------------------------------
 
     def claim(self, name: str) -> None:
-        """This process alone writes here until `close`, or until it has not called `beat` for `expires_s`."""
+        """This process alone writes here until `close`, or until it has not called `beat` for `expires_s`.
+
+        A holder that this machine knows to be dead is not waited for.
+        """
         held = self._segments(name, whole=False)
         number = 1 + max((int(segment.rpartition("/")[2]) for segment in held), default=-1)
         if held:
             stamp = self._stamp(held[-1])
-            if not stamp.get("released") and self._clock() - stamp.get("beat_at_s", 0.0) < self.expires_s:
+            expired = self._clock() - stamp.get("beat_at_s", 0.0) >= self.expires_s
+            if not (stamp.get("released") or expired or is_dead(stamp)):
                 raise self._held_by(stamp)
-        mine = {**holder_stamp(), "token": uuid.uuid4().hex, "beat_at_s": self._clock()}
+        mine = {**holder_stamp(), **life_stamp(), "token": uuid.uuid4().hex, "beat_at_s": self._clock()}
         if not self._put_new(_numbered(name, number), _json(mine)):
             raise self._held_by(self._stamp(_numbered(name, number)))
         for old in held:  # those before are over
@@ -219,28 +259,33 @@ class ObjectStore:
 
         Raises: ResumeError where another run has taken the claim over meanwhile.
         """
-        now_s = self._clock()
-        if self._claim is None or now_s - self._beat_at_s < self.expires_s / 4:
-            return
-        name, number, stamp = self._claim
-        holder = self._segments(name, whole=False)
-        if not holder or holder[-1] != _numbered(name, number):
-            self._claim = None
-            raise self._taken_over(f"no sign of life was given for {now_s - self._beat_at_s:.0f} s")
-        stamp["beat_at_s"] = now_s
-        self.replace(_numbered(name, number), _json(stamp))
-        self._beat_at_s = now_s
+        with self._lock:
+            if self._lost is not None:
+                raise self._lost
+            now_s = self._clock()
+            if self._claim is None or now_s - self._beat_at_s < self.expires_s / 4:
+                return
+            name, number, stamp = self._claim
+            holder = self._segments(name, whole=False)
+            if not holder or holder[-1] != _numbered(name, number):
+                self._claim = None
+                self._lost = self._taken_over(f"no sign of life was given for {now_s - self._beat_at_s:.0f} s")
+                raise self._lost
+            stamp["beat_at_s"] = now_s
+            self._put(_numbered(name, number), _json(stamp))
+            self._beat_at_s = now_s
 
     def close(self) -> None:
         """Let go of the claim. An error leaves it to expire."""
-        self._next_segment.clear()
-        if self._claim is None:
-            return
-        name, number, stamp = self._claim
-        self._claim = None
-        held = self._segments(name, whole=False)
-        if held and held[-1] == _numbered(name, number):
-            self.replace(held[-1], _json({**stamp, "released": True}))
+        with self._lock:
+            self._next_segment.clear()
+            if self._claim is None:
+                return
+            name, number, stamp = self._claim
+            self._claim = None
+            held = self._segments(name, whole=False)
+            if held and held[-1] == _numbered(name, number):
+                self._put(held[-1], _json({**stamp, "released": True}))
 
     # -- inside ---------------------------------------------------------------------------------------
 
@@ -280,6 +325,7 @@ class ObjectStore:
             except OSError as error:
                 if tries == _TRIES:
                     raise self._no_answer(name, f"writing {len(data):,} bytes", error) from error
+                self._wait(tries)
                 continue
             return tries > 1 and self._ask(name, "reading", self._objects.get) == data
         raise AssertionError("unreachable")
@@ -292,7 +338,12 @@ class ObjectStore:
             except OSError as error:
                 if tries == _TRIES:
                     raise self._no_answer(name, doing, error) from error
+                self._wait(tries)
         raise AssertionError("unreachable")
+
+    def _wait(self, tries: int) -> None:
+        if self._pause_s:
+            time.sleep(self._pause_s * 4 ** (tries - 1))
 
     def _stamp(self, name: str) -> dict[str, Any]:
         try:
@@ -312,7 +363,7 @@ class ObjectStore:
     def _held_by(self, stamp: dict[str, Any]) -> ResumeError:
         shown = {key: stamp[key] for key in ("host", "boot_id", "pid", "since") if key in stamp}
         return ResumeError(
-            f"writing to {self.root}",
+            f"writing to {self.shown}",
             found=f"another run holds it: {json.dumps(shown) if shown else 'holder unknown'}",
             allowed="one run per folder at a time",
             do=f"wait for that run to end ({self.expires_s:.0f} s if it died), or use another output folder",
@@ -320,7 +371,7 @@ class ObjectStore:
 
     def _taken_over(self, why: str) -> ResumeError:
         return ResumeError(
-            f"writing to {self.root}",
+            f"writing to {self.shown}",
             found=f"another run writes there: {why}",
             allowed="one run per folder at a time",
             do="let that run finish; nothing that was committed is lost",

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 
 from fanfold.data.failures import inert
 from fanfold.data.lines import changed
-from fanfold.data.listing import is_url, look_up, open_binary
+from fanfold.data.listing import look_up, open_binary
 from fanfold.data.records import CHUNK_BYTES, CHUNK_ROWS
+from fanfold.data.urls import is_url
 from fanfold.errors import InputError
 
 if TYPE_CHECKING:

@@ -49,8 +49,8 @@ from fanfold.job.work import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fanfold.data.durable import PosixStore
     from fanfold.data.source import Source
+    from fanfold.data.store import Store
     from fanfold.engine.engine import Failure
     from fanfold.plan.plan import Unit
     from fanfold.quantity import Limit
@@ -100,7 +100,7 @@ class JobAgenda:
         self,
         *,
         source: Source,
-        store: PosixStore,
+        store: Store,
         schedule: Schedule,
         suffix: str,
         on_error: str = "quarantine",
@@ -175,8 +175,8 @@ class JobAgenda:
         """Whether the window can be computed at once; a stream's may first have to come by again."""
         detail = self._open[index].detail
         return detail.window.sha256 is None or (
-            is_sound(self._store.path(items_name(index)), detail.items_sha256 or "")
-            and is_sound(self._store.path(kept_name(index)), detail.kept_sha256 or "")
+            is_sound(self._store, items_name(index), detail.items_sha256 or "")
+            and is_sound(self._store, kept_name(index), detail.kept_sha256 or "")
         )
 
     def _resume_window(self, index: int) -> None:
@@ -229,7 +229,7 @@ class JobAgenda:
         self._deaths_in_a_row = 0
         entries: list[dict[str, Any]] = []
         leftovers: list[str] = []
-        folders: set[str] = set()
+        published: list[tuple[str, str, str]] = []  # temporary, name, sha256
         for unit, assignment, result in results:
             self._at.pop(unit.name, None)
             match assignment.instruction:
@@ -242,8 +242,8 @@ class JobAgenda:
                         self._blame.tried(lease.window, lease.first, result)
                 case Compute() as lease:
                     if self._schedule.computed(unit.name, lease, result.last, result.elapsed_s):
-                        entries.append(self._publish_lease(lease, result))
-                        folders.add("pieces")
+                        entries.append(self._lease_entry(lease, result))
+                        published.append((result.temporary, entries[-1]["name"], result.sha256))
                     else:
                         self._check_twin(lease, result)
                         leftovers.append(result.temporary)
@@ -252,12 +252,11 @@ class JobAgenda:
                         entries += self._lose(unit, part, result)
                 case Assemble() as part:
                     if self._schedule.assembled(unit.name, part):
-                        entries.append(self._publish_part(part, result))
-                        folders.add("data")
+                        entries.append(self._part_entry(part, result))
+                        published.append((result.temporary, entries[-1]["name"], result.sha256))
                     else:
                         leftovers.append(result.temporary)
-        for folder in sorted(folders):
-            self._store.sync_folder(folder)
+        self._publish(published)
         if entries:
             journal.append(self._store, entries)
         for entry in entries:
@@ -425,7 +424,7 @@ class JobAgenda:
         records = window.detail.window.num_rows
         self._tell(WindowPrepared(at_s=time.monotonic(), records=records, rows=rows, tokens=sum(entry["costs"])))
 
-    def _publish_lease(self, lease: Compute, result: LeaseDone) -> dict[str, Any]:
+    def _lease_entry(self, lease: Compute, result: LeaseDone) -> dict[str, Any]:
         window = self._open[lease.window]
         expected = sum(window.rows[lease.first : result.last + 1])
         if result.rows != expected:
@@ -436,7 +435,6 @@ class JobAgenda:
                 do="report this",
             )
         name = lease_name(lease.window, lease.first, result.last)
-        self._publish(result.temporary, name, result.sha256)
         entry = {
             "kind": "lease",
             "window": lease.window,
@@ -474,10 +472,9 @@ class JobAgenda:
         self.totals.num_leases += 1
         self._note_failures(window, entry["failed"])
 
-    def _publish_part(self, part: Assemble, result: PartDone) -> dict[str, Any]:
+    def _part_entry(self, part: Assemble, result: PartDone) -> dict[str, Any]:
         generation = self._generation.get(part.part, 0)
         name = part_name(part.part, self._suffix, generation)
-        self._publish(result.temporary, name, result.sha256)
         entry = {
             "kind": "part",
             "part": part.part,
@@ -538,32 +535,35 @@ class JobAgenda:
             failure for failure in self.totals.failures if (failure["row"] - first, failure.get("part")) not in gone
         ]
 
-    def _publish(self, temporary: str, name: str, sha256: str) -> None:
-        """Put it under its name; what stands there already must be the same."""
-        if self._store.put_if_absent(temporary, name):
-            return
-        if not is_sound(self._store.path(name), sha256):
-            raise DifferenceFound(
-                f"publishing {name}",
-                found="a file of that name whose bytes differ from what was computed now",
-                allowed="the same bytes every time",
-                do=f"keep both ({name}, {temporary}) and report this; --overwrite starts anew",
-            )
-        self._store.remove(temporary)
+    def _publish(self, results: list[tuple[str, str, str]]) -> None:
+        """Put them under their names, durably; what stands there already must be the same."""
+        put = self._store.put_all_if_absent([(temporary, name) for temporary, name, _ in results])
+        for (temporary, name, sha256), first in zip(results, put, strict=True):
+            if first:
+                continue
+            if not is_sound(self._store, name, sha256):
+                raise DifferenceFound(
+                    f"publishing {name}",
+                    found="a file of that name whose bytes differ from what was computed now",
+                    allowed="the same bytes every time",
+                    do=f"keep both ({name}, {temporary}) and report this; --overwrite starts anew",
+                )
+            self._store.remove(temporary)
+        for folder in sorted({name.partition("/")[0] for _, name, _ in results}):
+            self._store.sync_folder(folder)
 
     def _clean_up(self, entry: dict[str, Any]) -> None:
         """The part is logged: what it was made of may go, and so may the part that it replaces."""
-        for generation in range(self._generation.get(entry["part"], 0)):
-            self._store.remove(part_name(entry["part"], self._suffix, generation))
+        generations = range(self._generation.get(entry["part"], 0))
+        gone = [part_name(entry["part"], self._suffix, generation) for generation in generations]
         for index in range(entry["first"], entry["last"] + 1):
             window = self._open.pop(index)
-            for _, name, _ in window.leases.values():
-                if name is not None:
-                    self._store.remove(name)
+            gone += [name for _, name, _ in window.leases.values() if name is not None]
             if window.rescued is not None:
-                self._store.remove(window.rescued[0])
-            self._store.remove(items_name(index))
-            self._store.remove(kept_name(index))
+                gone.append(window.rescued[0])
+            gone += [items_name(index), kept_name(index)]
+        self._store.remove(*gone)
+        for index in range(entry["first"], entry["last"] + 1):
             self._source.release(index)
 
     def _result(self, index: int) -> WindowResult:

@@ -27,7 +27,7 @@ from fanfold.job.work import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fanfold.data.durable import PosixStore
+    from fanfold.data.store import Store
     from fanfold.engine.schedule import Assemble
     from fanfold.tasks.task import Opened
 
@@ -47,14 +47,14 @@ def output_schema(work: JobWork) -> pa.Schema:
 
 
 def assemble_part(
-    work: JobWork, opened: Opened, part: Assemble, windows: tuple[WindowResult, ...], store: PosixStore
+    work: JobWork, opened: Opened, part: Assemble, windows: tuple[WindowResult, ...], store: Store
 ) -> PartDone | Damaged:
     """The part stands, sealed, under a temporary name; or which of the files it is made of are damaged."""
     damaged = [
         (window.detail.window.index, lease.name)
         for window in windows
         for lease in window.leases
-        if not is_sound(store.path(lease.name), lease.sha256)
+        if not is_sound(store, lease.name, lease.sha256)
     ]
     if damaged:
         return Damaged(leases=tuple(damaged))
@@ -62,7 +62,7 @@ def assemble_part(
     schema = output_schema(work)
     rows = 0
     window_sha256 = []
-    with HashingFile(store.path(temporary)) as file, open_sink(work.output.format, file, schema) as sink:
+    with HashingFile(store.new_file(temporary)) as file, open_sink(work.output.format, file, schema) as sink:
         for window in windows:
             ensure_prepared(work, opened, window.detail, store)
             digest = hashlib.sha256()
@@ -82,15 +82,13 @@ def assemble_part(
     )
 
 
-def window_batches(
-    work: JobWork, window: WindowResult, store: PosixStore, schema: pa.Schema
-) -> Iterator[pa.RecordBatch]:
+def window_batches(work: JobWork, window: WindowResult, store: Store, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """A computed window's output rows in order, in batches of bounded size."""
     rows = _rows(work, window, store)
     starts = np.searchsorted(rows.offsets, np.arange(window.detail.window.num_rows + 1))  # of each record's rows
     first_row = window.detail.window.first_row
     num_records = 0
-    with pa.memory_map(str(store.path(kept_name(window.detail.window.index)))) as mapped:
+    with pa.memory_map(str(store.file(kept_name(window.detail.window.index)))) as mapped:
         for kept in pa.ipc.open_stream(mapped):
             end = num_records + kept.num_rows
             for begin in range(starts[num_records], starts[end], _ROWS_AT_ONCE):
@@ -124,10 +122,10 @@ class _Rows(NamedTuple):
     results: pa.Table
 
 
-def _rows(work: JobWork, window: WindowResult, store: PosixStore) -> _Rows:
+def _rows(work: JobWork, window: WindowResult, store: Store) -> _Rows:
     batches = []
     for lease in window.leases:
-        with pa.memory_map(str(store.path(lease.name))) as mapped:
+        with pa.memory_map(str(store.file(lease.name))) as mapped:
             batches += list(pa.ipc.open_stream(mapped))
     results = pa.Table.from_batches(batches, schema=result_schema(work.task)).combine_chunks()
     found = _keys(results)
@@ -155,12 +153,12 @@ def _keys(rows: pa.Table) -> np.ndarray:
     return keys | rows.column("part").to_numpy() if "part" in rows.column_names else keys
 
 
-def _wanted(work: JobWork, window: WindowResult, store: PosixStore, found: np.ndarray) -> np.ndarray:
+def _wanted(work: JobWork, window: WindowResult, store: Store, found: np.ndarray) -> np.ndarray:
     """The keys of all rows that the window must give, in order, failed ones included. `found`: keys of results."""
     records = np.arange(window.detail.window.num_rows)
     if work.task.chunking is None:
         return records << 32
-    with pa.memory_map(str(store.path(items_name(window.detail.window.index)))) as mapped:
+    with pa.memory_map(str(store.file(items_name(window.detail.window.index)))) as mapped:
         prepared = _keys(pa.ipc.open_file(mapped).read_all())
     if merges(work.task):  # some were merged before, and saved from an older output
         whole = found[found & 0xFFFFFFFF == WHOLE]

@@ -26,7 +26,7 @@ from fanfold.split.bisect import Bisection
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from fanfold.data.durable import PosixStore
+    from fanfold.data.store import Store
     from fanfold.engine.engine import Desk
     from fanfold.engine.schedule import Compute
     from fanfold.tasks.task import Column, Opened, Task
@@ -87,10 +87,10 @@ def batches_of(items: pa.RecordBatch, piece: int) -> Iterator[BatchItems]:
 
 
 def compute_lease(
-    work: JobWork, opened: Opened, lease: Compute, detail: LeaseDetail, desk: Desk, store: PosixStore
+    work: JobWork, opened: Opened, lease: Compute, detail: LeaseDetail, desk: Desk, store: Store
 ) -> LeaseDone | TrialDone:
     """Pieces lease.first..last, or fewer if a stop was requested, in one sealed file: one record batch a piece."""
-    ensure_prepared(work, opened, detail, store)
+    ensure_prepared(work, opened, detail, store, to_compute=True)
     if detail.trial is not None:
         return _try(opened, lease, detail.trial, desk, store)
     buffer = io.BytesIO()
@@ -100,7 +100,7 @@ def compute_lease(
     start_s = time.monotonic()
     with (
         desk.timed("compute", f"window {lease.window} pieces {lease.first}-{lease.last}"),
-        pa.memory_map(str(store.path(items_name(lease.window)))) as mapped,
+        pa.memory_map(str(store.file(items_name(lease.window)))) as mapped,
         pa.ipc.new_stream(buffer, result_schema(work.task)) as writer,
     ):
         reader = pa.ipc.open_file(mapped)
@@ -253,11 +253,11 @@ def _failure(batch: BatchItems, row: int, error: str, message: str) -> RowFailur
     )
 
 
-def _try(opened: Opened, lease: Compute, trial: Trial, desk: Desk, store: PosixStore) -> TrialDone:
+def _try(opened: Opened, lease: Compute, trial: Trial, desk: Desk, store: Store) -> TrialDone:
     """Compute some rows of one batch, the others as fillers; surviving it is the result."""
     with (
         desk.timed("compute", f"window {lease.window} piece {lease.first}: looking for the bad row"),
-        pa.memory_map(str(store.path(items_name(lease.window)))) as mapped,
+        pa.memory_map(str(store.file(items_name(lease.window)))) as mapped,
     ):
         for number, batch in enumerate(batches_of(pa.ipc.open_file(mapped).get_batch(lease.first), lease.first)):
             if number == trial.batch:

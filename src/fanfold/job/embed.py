@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fanfold.data.urls import is_url
 from fanfold.errors import PlanError
 from fanfold.machine.discover import check_system
 from fanfold.tasks.embed import make_embed
@@ -54,7 +55,8 @@ def embed_files(
 
     if not inputs:
         raise missing_inputs()
-    return run_job(task, Request(inputs=tuple(inputs), out=Path(out), **request), display, signals=signals)
+    place = out if is_url(str(out)) else Path(out)
+    return run_job(task, Request(inputs=tuple(inputs), out=place, **request), display, signals=signals)
 
 
 def embed(

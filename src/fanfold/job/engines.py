@@ -23,6 +23,8 @@ _warm: Local | None = None
 _spark: Spark | None = None
 _timer: threading.Timer | None = None
 _used_s = 0.0
+_settings: frozenset[tuple[str, str]] = frozenset()  # of stores, as the warm workers were given them
+_OF_STORES = ("AWS_", "FSSPEC_", "GOOGLE_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
 def warm_up(imports: tuple[str, ...], threads: int) -> None:
@@ -100,13 +102,16 @@ def _refuse_in_worker() -> None:
 
 
 def _local(imports: tuple[str, ...], threads: int) -> Local:
-    global _warm, _used_s
+    global _warm, _used_s, _settings
     _refuse_in_worker()
     with _lock:
         _used_s = time.monotonic()
-        if _warm is not None and (_warm.threads != threads or not set(imports) <= set(_warm.imports)):
+        settings = frozenset(item for item in os.environ.items() if item[0].upper().startswith(_OF_STORES))
+        fits = _warm is not None and _warm.threads == threads and set(imports) <= set(_warm.imports)
+        if _warm is not None and not (fits and settings == _settings):
             shutdown()
         if _warm is None:
+            _settings = settings
             _warm = Local((), imports=imports, threads=threads)
         if _timer is None:
             _start_timer(IDLE_S)

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from fanfold.data import journal
 from fanfold.data.folder import QUARANTINE, SUCCESS, SUMMARY, TRACE, write_json
+from fanfold.data.run_folder import RunFolder
 from fanfold.errors import InternalError, StorageError
 from fanfold.job.work import merges
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fanfold.data.durable import PosixStore
     from fanfold.data.folder import Output
+    from fanfold.data.store import Store
     from fanfold.job.agenda import Totals
     from fanfold.job.work import JobWork
     from fanfold.plan.plan import Plan
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def finish(
-    work: JobWork, plan: Plan, store: PosixStore, output: Output, totals: Totals, timeline: Timeline
+    work: JobWork, plan: Plan, store: Store, output: Output, totals: Totals, timeline: Timeline
 ) -> dict[str, Any]:
     """The summary; the output stands complete under the name that the user gave."""
     chunking, merged = work.task.chunking, merges(work.task)
@@ -39,7 +40,7 @@ def finish(
             f"{expected} rows in the output",
             found=f"{totals.rows_assembled} rows ({rows_in} in, {rows_failed} failed)",
             allowed="rows_in = rows_ok + rows_failed",
-            do=f"report this; the folder {store.root} is kept as it is",
+            do=f"report this; the folder {store.shown} is kept as it is",
         )
     write_quarantine(store, failures)
     parts = [entry for _, entry in sorted(totals.parts.items())]
@@ -78,7 +79,7 @@ def finish(
     write_json(store, SUMMARY, summary)
     store.replace(TRACE, timeline.trace())
     for folder in ("windows", "spool", "pieces", "tmp"):
-        shutil.rmtree(store.path(folder), ignore_errors=True)
+        store.remove_folder(folder)
     for folder in ("data", "."):  # a part that was replaced must not come back beside _SUCCESS
         store.sync_folder(folder)
     store.replace(SUCCESS, b"")
@@ -102,7 +103,7 @@ def _a_row_each(failures: list[dict[str, Any]], *, merged: bool) -> list[dict[st
     return [*found.values()]
 
 
-def write_quarantine(store: PosixStore, failures: list[dict[str, Any]]) -> None:
+def write_quarantine(store: Store, failures: list[dict[str, Any]]) -> None:
     """One line per failed row; no file where there is none."""
     if not failures:
         store.remove(QUARANTINE)
@@ -114,7 +115,7 @@ def write_quarantine(store: PosixStore, failures: list[dict[str, Any]]) -> None:
     store.replace(QUARANTINE, ("\n".join(lines) + "\n").encode("ascii"))
 
 
-def _empty_part(work: JobWork, store: PosixStore) -> dict[str, Any]:
+def _empty_part(work: JobWork, store: Store) -> dict[str, Any]:
     """An input without rows still gives a readable output with the right schema."""
     from fanfold.data.sink import open_sink
     from fanfold.job.assemble import output_schema
@@ -122,7 +123,7 @@ def _empty_part(work: JobWork, store: PosixStore) -> dict[str, Any]:
     from fanfold.job.work import part_name
 
     temporary, name = "tmp/part-empty", part_name(0, work.output.format)
-    with HashingFile(store.path(temporary)) as file, open_sink(work.output.format, file, output_schema(work)):
+    with HashingFile(store.new_file(temporary)) as file, open_sink(work.output.format, file, output_schema(work)):
         pass
     store.seal(temporary)
     store.rename(temporary, name)
@@ -142,7 +143,7 @@ def _empty_part(work: JobWork, store: PosixStore) -> dict[str, Any]:
 
 
 def _publish_file(
-    work: JobWork, store: PosixStore, target: Path, parts: list[dict[str, Any]], files: list[dict[str, Any]]
+    work: JobWork, store: Store, target: Path, parts: list[dict[str, Any]], files: list[dict[str, Any]]
 ) -> str:
     """All parts as one file, built beside the run folder's data and put in place by one rename. Its sha256.
 
@@ -155,7 +156,7 @@ def _publish_file(
     if before is not None and before["parts"] == wanted:
         sha256 = str(current)
     else:
-        names = [store.path(part["name"]) for part in parts]
+        names = [store.file(part["name"]) for part in parts]
         missing = [name for name in names if not name.exists()]
         if missing:
             held = len(missing)
@@ -168,7 +169,7 @@ def _publish_file(
                     do="start anew with --overwrite",
                 )
             names = [target, *names[held:]]
-        temporary = store.path("tmp/output")
+        temporary = store.new_file("tmp/output")
         temporary.parent.mkdir(exist_ok=True)
         temporary.unlink(missing_ok=True)
         if len(names) == 1:
@@ -226,11 +227,18 @@ def _join_lines(names: list[Path], target: Path, *, has_header: bool) -> None:
                 shutil.copyfileobj(part, joined, 1 << 20)
 
 
-def read_output(out: Path) -> Any:
+def read_output(out: Path | str) -> Any:
     """The whole output as an Arrow table."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if isinstance(out, str):
+        store = RunFolder(place=out).open_to_write()
+        try:
+            names = [f"data/{name}" for name in store.list("data") if name.endswith(".parquet")]
+            return pa.concat_tables([pq.read_table(store.file(name), memory_map=False) for name in names])
+        finally:
+            store.close()
     if out.is_dir():
         parts = sorted((out / "data").glob("part-*.parquet"))
         return pa.concat_tables([pq.read_table(part) for part in parts])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fanfold.data import journal
-from fanfold.data.durable import PosixStore
 from fanfold.data.folder import RUN, Output, read_json
+from fanfold.data.run_folder import RunFolder, local_path
 from fanfold.errors import InputError
 from fanfold.job.log import settle
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fanfold.data.store import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +22,7 @@ class OpenedRun:
     """What is known of a run. `output` may hold parts (a folder) or be one file."""
 
     output: Output
-    store: PosixStore
+    store: Store
     run: dict[str, Any]
     entries: list[dict[str, Any]]
 
@@ -45,11 +49,11 @@ class OpenedRun:
 
 def open_existing(out: str | Path) -> OpenedRun:
     """The run that `out` names (the folder, the file, or the file's .run folder); InputError if it is none."""
-    path = Path(out)
-    if path.name.endswith(".run") and (path / RUN).exists():
+    path = local_path(out)
+    if path is not None and path.name.endswith(".run") and (path / RUN).exists():
         path = path.with_name(path.name.removesuffix(".run"))
-    output = Output(path)
-    store = PosixStore(output.folder)
+    output = Output(out if path is None else path)
+    store = RunFolder(place=output.place).open_to_write()
     run = read_json(store, RUN)
     if run is None:
         raise InputError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from fanfold.data.durable import PosixStore
     from fanfold.data.source import Window
+    from fanfold.data.store import Store
     from fanfold.split.batch import Cut
     from fanfold.tasks.task import Opened
 
@@ -88,16 +87,16 @@ class HashingFile:
 
 
 def prepare_window(
-    work: JobWork, opened: Opened, window: Window, store: PosixStore, alive: Callable[[], None] = lambda: None
+    work: JobWork, opened: Opened, window: Window, store: Store, alive: Callable[[], None] = lambda: None
 ) -> PreparedWindow:
     """Both files of the window stand in OUT/windows; the same rows always give the same files."""
     failures: list[RowFailure] = []
     items: list[Item] = []
     truncated = 0
     tag = f"{window.index:09d}-{unique()}"
-    kept_tmp = store.path(f"tmp/k-{tag}")
+    kept_tmp = f"tmp/k-{tag}"
     with (
-        HashingFile(kept_tmp) as kept_file,
+        HashingFile(store.new_file(kept_tmp)) as kept_file,
         pa.ipc.new_stream(pa.PythonFile(kept_file, mode="w"), work.source.kept_schema) as kept,
     ):
         for chunk in work.source.chunks(window):
@@ -126,10 +125,10 @@ def prepare_window(
         batch_tokens=work.numerics.batch_tokens,
         piece_batches=work.numerics.piece_batches,
     )
-    items_tmp = store.path(f"tmp/w-{tag}")
-    items_sha256 = _write_items(items_tmp, plan, items, in_parts=work.task.chunking is not None)
-    os.replace(kept_tmp, store.path(kept_name(window.index)))
-    os.replace(items_tmp, store.path(items_name(window.index)))
+    items_tmp = f"tmp/w-{tag}"
+    items_sha256 = _write_items(store.new_file(items_tmp), plan, items, in_parts=work.task.chunking is not None)
+    store.place(kept_tmp, kept_name(window.index))
+    store.place(items_tmp, items_name(window.index))
     return PreparedWindow(
         costs=plan.costs,
         rows=plan.rows,
@@ -171,14 +170,17 @@ def _write_items(path: Path, plan: Cut, items: list[Item], *, in_parts: bool) ->
     return file.sha256
 
 
-def ensure_prepared(work: JobWork, opened: Opened, detail: WindowDetail, store: PosixStore) -> None:
-    """The window's files are there and sound: looked at once per process, made again where they are not."""
+def ensure_prepared(
+    work: JobWork, opened: Opened, detail: WindowDetail, store: Store, *, to_compute: bool = False
+) -> None:
+    """The window's files are there and sound: looked at once per process, made again where they are not.
+
+    `to_compute` needs the items only: the kept columns of a remote window are not fetched for it.
+    """
     window = detail.window
-    for name, sha256 in (
-        (items_name(window.index), detail.items_sha256),
-        (kept_name(window.index), detail.kept_sha256),
-    ):
-        if not is_sound(store.path(name), sha256):
+    files = [(items_name(window.index), detail.items_sha256), (kept_name(window.index), detail.kept_sha256)]
+    for name, sha256 in files[:1] if to_compute else files:
+        if not is_sound(store, name, sha256):
             _forget(store)
             prepare_window(work, opened, window, store)
             return
@@ -187,7 +189,12 @@ def ensure_prepared(work: JobWork, opened: Opened, detail: WindowDetail, store: 
 _sound: set[tuple[str, int, int, int, str]] = set()
 
 
-def is_sound(path: Path, sha256: str | None) -> bool:
+def is_sound(store: Store, name: str, sha256: str | None) -> bool:
+    """Whether what stands under the name has this hash; a copy that has not is fetched once more."""
+    return _has_hash(store.file(name), sha256) or (store.refresh(name) and _has_hash(store.file(name), sha256))
+
+
+def _has_hash(path: Path, sha256: str | None) -> bool:
     """Whether the file has this hash; read again only if inode, size or time of change differ."""
     try:
         stat = path.stat()
@@ -205,6 +212,6 @@ def is_sound(path: Path, sha256: str | None) -> bool:
     return True
 
 
-def _forget(store: PosixStore) -> None:
-    root = str(store.root)
+def _forget(store: Store) -> None:
+    root = str(store.files)
     _sound.difference_update([key for key in _sound if key[0].startswith(root)])

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from fanfold.data.durable import PosixStore
     from fanfold.data.folder import Output
     from fanfold.data.source import Source
+    from fanfold.data.store import Store
 
 Entry = dict[str, Any]
 
 
-def mend(store: PosixStore, output: Output, entries: Sequence[Entry]) -> list[Entry]:
+def mend(store: Store, output: Output, entries: Sequence[Entry]) -> list[Entry]:
     """The entries, once files and log agree: lines to add are written, files that no line names are removed.
 
     A lease or part that was published but not logged is computed again: it was not committed. A logged part
@@ -55,7 +55,7 @@ def mend(store: PosixStore, output: Output, entries: Sequence[Entry]) -> list[En
         return held  # parts have gone into the file
     lost: list[int] = []
     for entry in held:
-        if entry["kind"] == "part" and _size(store.path(entry["name"])) != entry["bytes"]:
+        if entry["kind"] == "part" and store.size_bytes(entry["name"]) != entry["bytes"]:
             lost += range(entry["first"], entry["last"] + 1)
             store.remove(entry["name"])
     if lost:
@@ -66,31 +66,24 @@ def mend(store: PosixStore, output: Output, entries: Sequence[Entry]) -> list[En
     return held
 
 
-def _check_log_is_there(store: PosixStore, entries: Sequence[Entry]) -> None:
+def _check_log_is_there(store: Store, entries: Sequence[Entry]) -> None:
     """Results are never published before the log holds a line: without one, somebody has deleted it."""
     if entries:
         return
     results = [f"{folder}/{name}" for folder in ("data", "pieces") for name in store.list(folder)]
     if results or store.read(SUCCESS) is not None:
         raise ResumeError(
-            f"going on in {store.root}",
+            f"going on in {store.shown}",
             found=f"no {journal.NAME} beside {', '.join(results[:2]) or SUCCESS}: it was deleted or emptied",
             allowed="a run folder as Fanfold has left it",
             do="restore the file, or start anew with --overwrite; nothing was changed",
         )
 
 
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
-
-
 # -- failed rows ----------------------------------------------------------------------------------------
 
 
-def reopen_failed(work: JobWork, store: PosixStore, output: Output, entries: Sequence[Entry]) -> int:
+def reopen_failed(work: JobWork, store: Store, output: Output, entries: Sequence[Entry]) -> int:
     """Pieces with rows that failed while they were computed are in line again; how many rows those are.
 
     All other rows are saved from the output into files that the assembler reads like leases. Rows that could
@@ -111,7 +104,7 @@ def reopen_failed(work: JobWork, store: PosixStore, output: Output, entries: Seq
     reopened = []
     for part in affected:
         generation = generations.get(part["part"], 0) + 1
-        path = output.file or store.path(part["name"])
+        path = output.file or store.file(part["name"])
         rescued = []
         for index in range(part["first"], part["last"] + 1):
             name, sha256, pieces = None, None, sorted(failed.get(index, {}))
@@ -139,9 +132,7 @@ def _failed_pieces(entries: Sequence[Entry]) -> dict[int, dict[int, int]]:
     return found
 
 
-def _rescue(
-    work: JobWork, store: PosixStore, path: Path, entry: Entry, generation: int
-) -> tuple[str | None, str | None]:
+def _rescue(work: JobWork, store: Store, path: Path, entry: Entry, generation: int) -> tuple[str | None, str | None]:
     """The window's results as they stand in the output, in a sealed and published file."""
     window = window_of(entry)
     table = stored_results(work, path, window.first_row, window.num_rows)
@@ -209,7 +200,7 @@ def _text_rows(path: Path, work: JobWork, names: list[str], first: int, count: i
 
 
 def accept_inputs(
-    source: Source, store: PosixStore, run: Entry, wanted: Entry, entries: Sequence[Entry], *, append: bool
+    source: Source, store: Store, run: Entry, wanted: Entry, entries: Sequence[Entry], *, append: bool
 ) -> tuple[Entry, bool]:
     """(run.json with today's inputs, whether rows were appended), where the rows read so far are unchanged.
 
@@ -286,7 +277,7 @@ def _check_read_so_far(source: Source, entries: Sequence[Entry]) -> None:
             )
 
 
-def _begin_append(store: PosixStore, entries: Sequence[Entry], windows_per_part: int) -> None:
+def _begin_append(store: Store, entries: Sequence[Entry], windows_per_part: int) -> None:
     """Rows from here on begin a new window and a new part; windows behind a gap are forgotten."""
     windows = sorted(entry["window"] for entry in entries if entry["kind"] == "window")
     count = next((i for i, index in enumerate(windows) if i != index), len(windows))

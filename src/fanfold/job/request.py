@@ -28,7 +28,7 @@ class Request:
     """One job. Field names are the command line's flags."""
 
     inputs: tuple[str, ...]
-    out: Path
+    out: Path | str  # a URL is a string
     column: str = "text"
     id: str | None = None
     keep: str | tuple[str, ...] = "all"

@@ -17,6 +17,9 @@ from fanfold.data import journal
 from fanfold.data.durable import storage_error
 from fanfold.data.folder import QUARANTINE, RUN, SUCCESS, SUMMARY, Output, open_run, read_json, write_json
 from fanfold.data.opening import open_source
+from fanfold.data.run_folder import RunFolder
+from fanfold.data.spool import SpoolSource
+from fanfold.data.urls import is_url
 from fanfold.engine.local import Local
 from fanfold.engine.schedule import LEASE_S, Schedule
 from fanfold.errors import DataError, InputError, PlanError, RequestError, ResumeError, Stopped
@@ -37,8 +40,8 @@ from fanfold.report.timeline import Timeline
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fanfold.data.durable import PosixStore
     from fanfold.data.source import Source
+    from fanfold.data.store import Store
     from fanfold.events import Event
     from fanfold.job.request import Request
     from fanfold.machine.discover import Machine
@@ -67,8 +70,8 @@ class Display(Protocol):
 class Run:
     """A finished job."""
 
-    out: Path
-    folder: Path
+    out: Path | str
+    folder: Path | str
     summary: dict[str, Any] = field(repr=False)
     plan: dict[str, Any] = field(repr=False)
 
@@ -96,25 +99,33 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
 
     With `signals`, SIGINT, SIGTERM and SIGHUP stop it: running batches end and are committed, then Stopped.
     """
+    output = Output(request.out)
+    with output.local_files() as scratch:
+        return _run_job(task, request, output, scratch, display, signals=signals)
+
+
+def _run_job(
+    task: Task, request: Request, output: Output, scratch: Path | None, display: Display | None, *, signals: bool
+) -> Run:
     where = parse_where(request.on)
     request.check()
+    _check_inputs_outside(request, output)
+    _check_place(output, where.kind)
     machine = discover()
-    say = display.say if display else _nobody
     numerics = _numerics(task, where.kind)
     if request.compile == "on":
         numerics = compiled_as_asked(task, numerics)
     check_slots(where, machine)
     if where.kind not in ("inline", "spark") and not request.dry_run:
         engines.warm_up(unit_imports(task), numerics.threads_per_unit)
-    output = Output(request.out)
-    _check_inputs_outside(request, output)
+    say = display.say if display else _nobody
     source = open_source(
         request.inputs,
         column=request.column,
         id_column=request.id,
         keep=request.keep,
         form="json" if output.format == "jsonl" else "typed",
-        spool=output.folder / "spool",
+        spool=output.spool(scratch),
         limit=request.limit,
         stdin=request.stdin,
         reserved=result_names(task, request.prefix),
@@ -123,14 +134,16 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
     if where.kind == "spark":
         if numerics.compiled and is_remote(where):
             raise _uncompiled(where)
-        cluster, machine = _cluster(where, machine, task, numerics, None if request.dry_run else output.folder, say)
+        if output.local is None and is_remote(where) and isinstance(source, SpoolSource):
+            raise _spooled_here(where)
+        cluster, machine = _cluster(where, machine, task, numerics, None if request.dry_run else output.local, say)
     plan = choose(where, machine, _job(task, source, request), numerics, cluster)
     for key, value in task.shown.items():
         say(f"{key + ':':<9}{value}")
     _say_plan(plan, say)
     if request.dry_run:
         return Run(out=output.shown, folder=output.folder, summary={}, plan=plan.record())
-    store, stored = open_run(output, overwrite=request.overwrite, sync=request.sync)
+    store, stored = open_run(output, overwrite=request.overwrite, sync=request.sync, scratch=scratch)
     try:
         if request.compile == "auto" and not is_remote(where):
             plan, why = decide(task, source, plan, stored, say)
@@ -171,8 +184,7 @@ def run_job(task: Task, request: Request, display: Display | None = None, *, sig
                 failed_as_null=request.on_error == "null",
                 too_long=request.too_long,
             ),
-            folder=store.root,
-            sync=request.sync,
+            folder=RunFolder(place=output.place, sync=request.sync, scratch=scratch),
         )
         if finished is not None:
             again = reopen_failed(work, store, output, entries)
@@ -189,7 +201,7 @@ def _carry_out(
     work: JobWork,
     plan: Plan,
     request: Request,
-    store: PosixStore,
+    store: Store,
     output: Output,
     entries: list[dict[str, Any]],
     display: Display | None,
@@ -242,7 +254,7 @@ def _carry_out(
         try:
             summary = finish(work, plan, store, output, agenda.totals, timeline)
         except OSError as error:  # copying and joining parts
-            raise storage_error(output.shown, "writing the output", error) from error
+            raise storage_error(Path(output.shown), "writing the output", error) from error
     finally:
         agenda.close()
         if display is not None:
@@ -250,7 +262,7 @@ def _carry_out(
     return _result(output, summary, plan.record(), store)
 
 
-def _result(output: Output, summary: dict[str, Any], plan: dict[str, Any], store: PosixStore) -> Run:
+def _result(output: Output, summary: dict[str, Any], plan: dict[str, Any], store: Store) -> Run:
     """The finished run; DataError where not one of its rows succeeded."""
     if summary.get("rows_in") and not summary.get("rows_ok"):
         first = (store.read(QUARANTINE) or b"{}").splitlines()[0]
@@ -318,6 +330,15 @@ def _cluster(
     return spark.cluster, machine
 
 
+def _spooled_here(where: Where) -> PlanError:
+    return PlanError(
+        f"a compressed or streamed input with --on {where.master} and an output in an object store",
+        found="its windows would be kept on this machine, where executors do not see them",
+        allowed="uncompressed files or Parquet; or an output folder that all machines share",
+        do="unpack the input, or write into a shared folder",
+    )
+
+
 def _made_folders(folder: Path) -> list[Path]:
     """The folder exists; which of it and its parents had to be made, innermost first."""
     missing = []
@@ -359,7 +380,7 @@ def _job(task: Task, source: Source, request: Request) -> Job:
 def _check_inputs_outside(request: Request, output: Output) -> None:
     """An output file that is also an input would be read while it is replaced."""
     for name in request.inputs:
-        if name != "-" and "://" not in name and Path(name).absolute() == output.shown:
+        if name != "-" and not is_url(name) and Path(name).absolute() == output.shown:
             raise RequestError(
                 f"output to {output.shown}",
                 found="the same file is an input",
@@ -368,12 +389,22 @@ def _check_inputs_outside(request: Request, output: Output) -> None:
             )
 
 
+def _check_place(output: Output, kind: str) -> None:
+    if output.place.startswith("memory://") and kind != "inline":
+        raise RequestError(
+            f"output to {output.shown} with --on {kind}",
+            found="a store in this process's memory, which other processes cannot see",
+            allowed="memory:// with --on inline",
+            do="use --on inline, or write to a folder or an object store",
+        )
+
+
 def result_names(task: Task, prefix: str) -> list[str]:
     """The names of the columns that the job adds."""
     return [prefix + name for name in (*place_names(task), *(column.name for column in task.columns))]
 
 
-def _finished(store: PosixStore, output: Output, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _finished(store: Store, output: Output, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The summary of a finished job whose output is still there."""
     if store.read(SUCCESS) is None:
         return None
@@ -385,7 +416,7 @@ def _finished(store: PosixStore, output: Output, entries: list[dict[str, Any]]) 
         return None
     if output.file is not None and not output.file.exists():
         raise ResumeError(
-            f"the finished job in {store.root}",
+            f"the finished job in {store.shown}",
             found=f"{output.file} is gone",
             allowed="a finished job's output stays where it was written",
             do="start anew with --overwrite",

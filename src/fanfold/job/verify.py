@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from fanfold.data.durable import PosixStore
 from fanfold.data.folder import SUCCESS
 from fanfold.data.opening import open_source
+from fanfold.data.run_folder import RunFolder
 from fanfold.data.scratch import scratch_folder
 from fanfold.engine.engine import Desk
 from fanfold.errors import DifferenceFound, ResumeError
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fanfold.data.source import Window
+    from fanfold.data.store import Store
     from fanfold.tasks.task import Task
 
 Place = tuple[int, int | None]  # a record's offset within its window, and the part of its text
@@ -130,7 +131,8 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
             do="use --sample 0 to check the checksums alone",
         )
     with scratch_folder() as folder:
-        store = PosixStore(folder, sync=False)
+        run_folder = RunFolder(place=str(folder), sync=False)
+        store = run_folder.open()
         store.make_folders(["windows", "tmp", "spool"])
         keep = request["keep"]
         source = open_source(
@@ -167,8 +169,7 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
             source=source,
             numerics=numerics,
             output=OutputRules(format=opened.output.format, prefix=request["prefix"], too_long=request["too_long"]),
-            folder=folder,
-            sync=False,
+            folder=run_folder,
         )
         with held_threads(numerics.threads_per_unit):
             if numerics.compiled and not task.compiled_for(numerics):
@@ -187,7 +188,7 @@ def _compare(
     sample: int,
     chance: random.Random,
     rows_in: int,
-    store: PosixStore,
+    store: Store,
 ) -> Verdict:
     unit = Unit(name="verify", device=f"{work.numerics.device}:0" if work.numerics.device == "cuda" else "cpu")
     desk = Desk(unit)
@@ -211,7 +212,7 @@ def _compare(
             for lease in opened.leases.get(index, ())
             for failure in lease["failed"]
         }
-        with pa.memory_map(str(store.path(items_name(index)))) as mapped:
+        with pa.memory_map(str(store.file(items_name(index)))) as mapped:
             reader = pa.ipc.open_file(mapped)
             if merges(work.task):
                 pieces, offsets = _with_all_parts(reader, pieces)
@@ -292,7 +293,7 @@ def _find_window(work: JobWork, opened: OpenedRun, index: int) -> Any:
 def _stored_rows(work: JobWork, opened: OpenedRun, window: Window) -> dict[Place, np.ndarray]:
     """(offset, part) -> stored vector, for the rows of one window."""
     part = next(part for part in opened.parts if part["first"] <= window.index <= part["last"])
-    path = opened.output.file or opened.store.path(part["name"])
+    path = opened.output.file or opened.store.file(part["name"])
     table = stored_results(work, path, window.first_row, window.num_rows)
     column = work.task.columns[0].name
     vectors = table.column(column).combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
@@ -330,11 +331,13 @@ def _check_sums(opened: OpenedRun) -> None:
     parts = opened.parts
     if opened.output.file is not None:
         summary = opened.store.read("summary.json")
-        paths: list[tuple[Path, str | None]] = [(opened.output.file, _single_sha256(opened, parts))]
         assert summary is not None
+        single = opened.output.file
+        paths: Iterator[tuple[Path | str, Path, str | None]] = iter([(single, single, _single_sha256(opened, parts))])
     else:
-        paths = [(opened.store.path(part["name"]), part["sha256"]) for part in parts]
-    for path, sha256 in paths:
+        names = ((part["name"], part["sha256"]) for part in parts)
+        paths = ((opened.store.path(name), opened.store.file(name), sha256) for name, sha256 in names)
+    for shown, path, sha256 in paths:
         if not path.exists():
             found = "it is gone"
         elif sha256 is not None and hash_of(path) != sha256:
@@ -342,7 +345,7 @@ def _check_sums(opened: OpenedRun) -> None:
         else:
             continue
         raise DifferenceFound(
-            f"verifying {path}",
+            f"verifying {shown}",
             found=found,
             allowed="the file as the run has written it",
             do="start anew with --overwrite, or restore the file from a backup",
@@ -355,7 +358,7 @@ def _single_sha256(opened: OpenedRun, parts: list[dict[str, Any]]) -> str | None
     summary = json.loads(opened.store.read("summary.json") or b"{}")
     if summary.get("output_sha256") != output_sha256(parts):
         raise DifferenceFound(
-            f"verifying {opened.store.root}",
+            f"verifying {opened.store.shown}",
             found="summary.json and commits.log disagree on the output's hash",
             allowed="records as the run has written them",
             do="start anew with --overwrite",

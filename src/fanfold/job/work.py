@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fanfold.data.durable import PosixStore, storage_error
+from fanfold.data.durable import storage_error
 from fanfold.engine.engine import LOADING
 from fanfold.engine.schedule import Assemble, Compute, Load, Prepare
 from fanfold.errors import FanfoldError, InternalError, StorageError, UnitLost, cause_line
 
 if TYPE_CHECKING:
+    from fanfold.data.run_folder import RunFolder
     from fanfold.data.source import RowFailure, Source, Window
     from fanfold.engine.engine import Assignment, Desk
     from fanfold.plan.numerics import Numerics
@@ -140,8 +141,7 @@ class JobWork:
     source: Source
     numerics: Numerics
     output: OutputRules
-    folder: Path
-    sync: bool = True
+    folder: RunFolder
 
     @property
     def imports(self) -> tuple[str, ...]:
@@ -161,13 +161,13 @@ class JobWork:
             cause = disk_error(error)
             if cause is None:
                 raise
-            path = Path(cause.filename) if cause.filename else self.folder
+            path = Path(cause.filename or self.folder.place)
             raise storage_error(path, "writing results", cause) from error
 
     def _carry_out(self, assignment: Assignment, desk: Desk) -> Any:
         from fanfold.job import assemble, compute, prepare
 
-        store = PosixStore(self.folder, sync=self.sync)
+        store = self.folder.open()
         match assignment.instruction:
             case Load():
                 self.loaded(desk)

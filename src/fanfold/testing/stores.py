@@ -21,7 +21,8 @@ from fanfold.errors import ResumeError, StorageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fanfold.data.objects import Store
+    from fanfold.data.objects import Blob
+    from fanfold.data.store import Store
 
 T = TypeVar("T")
 
@@ -52,10 +53,10 @@ class MemoryObjects:
             found = self.held.get(name)
             return self._end(after, found)
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: Blob) -> None:
         with self._lock:
             after = self._begin("put", name)
-            self.held[name] = bytes(data)
+            self.held[name] = data[:]
             self._end(after, None)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
@@ -73,10 +74,16 @@ class MemoryObjects:
             self._end(after, None)
             return found
 
-    def delete(self, name: str) -> None:
+    def size_bytes(self, name: str) -> int | None:
         with self._lock:
-            after = self._begin("delete", name)
-            self.held.pop(name, None)
+            after = self._begin("size_bytes", name)
+            return self._end(after, len(self.held[name]) if name in self.held else None)
+
+    def delete(self, *names: str) -> None:
+        with self._lock:
+            after = self._begin("delete", names[0])
+            for name in names:
+                self.held.pop(name, None)
             self._end(after, None)
 
     def _begin(self, verb: str, name: str) -> bool:
@@ -135,6 +142,16 @@ class StoreSuite:
         assert not store.put_if_absent("tmp/b", "data/part")
         assert store.read("data/part") == b"one"
         assert store.read("tmp/b") == b"two"
+
+    def test_many_are_put_at_once_and_each_learns_whether_it_was_first(self, store: Store) -> None:
+        for number in range(30):
+            store.write_temporary(f"tmp/{number}", b"%d" % number)
+        store.replace("data/7", b"taken")
+        pairs = [(f"tmp/{number}", f"data/{number}") for number in range(30)]
+        assert list(store.put_all_if_absent(pairs)) == [number != 7 for number in range(30)]
+        assert store.list("tmp") == ["7"]
+        assert [store.read(f"data/{number}") for number in (6, 7, 8)] == [b"6", b"taken", b"8"]
+        assert list(store.put_all_if_absent([])) == []
 
     def test_of_many_that_publish_one_name_at_once_one_wins(self, store: Store) -> None:
         names = [f"tmp/{i}" for i in range(8)]
@@ -202,6 +219,26 @@ class StoreSuite:
         store.make_folders(FOLDERS)
         assert store.list("data") == ["a"]
         assert store.list("tmp") == []
+
+    def test_the_size_is_that_of_the_bytes(self, store: Store) -> None:
+        store.replace("data/a", b"12345")
+        assert store.size_bytes("data/a") == 5
+        assert store.size_bytes("data/missing") is None
+
+    def test_remove_takes_many_files_away(self, store: Store) -> None:
+        for name in ("data/a", "data/b", "data/c"):
+            store.replace(name, b"x")
+        store.remove("data/a", "data/missing", "data/c")
+        store.remove()
+        assert store.list("data") == ["b"]
+
+    def test_remove_folder_takes_all_in_it_away_and_nothing_else(self, store: Store) -> None:
+        for name in ("tmp/a", "tmp/b", "tmpfile"):
+            store.replace(name, b"x")
+        for _ in range(2):
+            store.remove_folder("tmp")
+        assert store.list("tmp") == []
+        assert store.read("tmpfile") == b"x"
 
     # -- logs -------------------------------------------------------------------------------------------
 
@@ -290,3 +327,53 @@ class StoreSuite:
         store.claim(".lock")
         store.close()
         store.close()
+
+
+class LocalFilesSuite(StoreSuite):
+    """And facts about the local files that bulk data goes through."""
+
+    def test_what_is_written_at_new_file_is_the_stores_once_it_is_sealed(
+        self, store: Store, make: Callable[[], Store]
+    ) -> None:
+        store.new_file("tmp/a").write_bytes(b"one")
+        store.seal("tmp/a")
+        assert make().read("tmp/a") == b"one"
+        assert store.put_if_absent("tmp/a", "data/part")
+        assert make().read("data/part") == b"one"
+
+    def test_an_empty_file_is_sealed_too(self, store: Store, make: Callable[[], Store]) -> None:
+        store.new_file("tmp/a").write_bytes(b"")
+        store.seal("tmp/a")
+        assert make().read("tmp/a") == b""
+
+    def test_what_is_placed_stands_under_its_name_whatever_was_there(
+        self, store: Store, make: Callable[[], Store]
+    ) -> None:
+        for data in (b"a long first version", b"two"):
+            store.new_file("tmp/a").write_bytes(data)
+            store.place("tmp/a", "data/w")
+            assert store.file("data/w").read_bytes() == data
+            assert make().read("data/w") == data
+        assert store.list("tmp") == []
+
+    def test_a_file_holds_what_another_has_written(self, store: Store, make: Callable[[], Store]) -> None:
+        make().replace("data/a", b"theirs")
+        for _ in range(2):
+            assert store.file("data/a").read_bytes() == b"theirs"
+        assert not store.file("data/missing").exists()
+
+    def test_bytes_that_another_has_replaced_are_seen_once_the_copy_is_refreshed(
+        self, store: Store, make: Callable[[], Store]
+    ) -> None:
+        store.replace("data/a", b"old")
+        assert store.file("data/a").read_bytes() == b"old"
+        make().replace("data/a", b"new")
+        store.refresh("data/a")
+        assert store.file("data/a").read_bytes() == b"new"
+        assert not store.refresh("data/missing")
+
+    def test_a_name_that_was_removed_has_no_file(self, store: Store) -> None:
+        store.replace("data/a", b"old")
+        store.file("data/a")
+        store.remove("data/a")
+        assert not store.file("data/a").exists()
