@@ -116,5 +116,8 @@ class InternalError(FanfoldError):
 
 def cause_line(error: BaseException) -> str:
     """One line for an error of any kind: its class and the first line of its message."""
-    text = str(error).strip().splitlines()
+    try:
+        text = str(error).strip().splitlines()
+    except Exception:  # a __str__ that is itself broken
+        text = []
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

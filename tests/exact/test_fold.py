@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 
 import numpy as np
@@ -365,3 +368,171 @@ print("both")
 def test_a_program_that_forks_has_workers_of_its_own_in_both_halves():
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60)
     assert done.stdout == "both\n", done.stderr
+
+
+# -- found by trying it as a new user would --------------------------------------------------------------
+
+
+class Reuses:
+    """Gives the same memory for every piece."""
+
+    def __init__(self):
+        self.buffer = np.empty(32_768)
+
+    def __call__(self, piece):
+        out = self.buffer[: len(piece)]
+        np.multiply(piece, 2, out=out)
+        return out
+
+
+@pytest.mark.parametrize("on", WHERE)
+def test_a_function_may_give_the_same_memory_again(on):
+    assert np.array_equal(ff.map(Reuses, X, on=on), X * 2)
+    buffer = np.zeros(3)
+
+    def sums(piece):
+        buffer[:] = piece.sum()
+        return buffer
+
+    whole = sum(X[start : start + 32_768].sum() for start in range(0, len(X), 32_768))
+    if on == "inline":  # on threads this one would race: it writes to what they share
+        assert ff.fold(sums, X, ff.Sum(of="pieces"), on=on)[0] == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["arrow", "pandas", "polars"])
+def test_rows_of_frames_are_dicts_one_by_one(kind):
+    pytest.importorskip("pandas", reason="pandas is not installed: frames are not tested")
+    pytest.importorskip("polars", reason="Polars is not installed: frames are not tested")
+    frame = kinds()[kind][0]
+    assert ff.map(lambda row: row["a"] + 1, frame, each=True, on="inline") == list(range(1, 5001))
+
+
+def test_arrays_with_rules_of_their_own_are_refused():
+    masked = np.ma.array(np.arange(1e5), mask=np.arange(100_000) % 2 == 0)
+    with pytest.raises(PlanError, match="split data"):
+        ff.fold(lambda p: p, masked, ff.Mean())
+    with pytest.raises(DataError, match="piece 0") as caught:
+        ff.fold(lambda p: np.ma.masked_less(p, 0), X, ff.Mean())
+    assert "filled(0)" in str(caught.value)
+
+
+def test_weighted_rows_may_be_complex_and_texts_are_refused():
+    assert ff.fold(lambda p: ff.Weighted(p + 1j, np.ones(len(p))), np.arange(10.0), ff.Mean()) == 4.5 + 1j
+    with pytest.raises(DataError, match="weigh"):
+        ff.fold(lambda p: ff.Weighted(["a"] * len(p), np.ones(len(p))), np.arange(10.0), ff.Mean())
+
+
+class NeedsMore:
+    def __init__(self, path):
+        raise AssertionError("never called")
+
+    def __call__(self, piece):
+        return piece
+
+
+class DiesEarly:
+    def __init__(self):
+        if os.environ.get("FANFOLD_IN_WORKER"):
+            os._exit(3)
+
+    def __call__(self, piece):
+        return piece
+
+
+class KillsWhereItIsUnpickled:
+    def __init__(self, value):
+        self.value = value
+
+    def __reduce__(self):
+        return (os._exit, (5,)) if self.value == 1500 else (KillsWhereItIsUnpickled, (self.value,))
+
+
+@pytest.mark.parametrize("on", WHERE)
+def test_a_class_that_cannot_be_made_says_so(on):
+    with pytest.raises(PieceFailed, match="making an object of NeedsMore"):
+        ff.map(NeedsMore, list(range(3000)), on=on)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_processes_that_die_before_their_first_piece_are_not_replaced_for_ever():
+    for f, rows in ((DiesEarly, list(range(100))), (EACH, [KillsWhereItIsUnpickled(i) for i in range(3000)])):
+        with pytest.raises(PieceFailed, match="piece") as caught:
+            ff.map(f, rows, on="cpu:2")
+        assert "3 processes died before their first piece" in str(caught.value)
+
+
+def EACH(piece):
+    return [row.value for row in piece]
+
+
+class MyError(Exception):
+    pass
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize("on", WHERE)
+def test_the_cause_is_the_functions_own_error_wherever_it_ran(on):
+    def broken(piece):
+        raise MyError("once")
+
+    def mute(piece):
+        raise Mute
+
+    with pytest.raises(PieceFailed) as caught:
+        ff.map(broken, X, on=on)
+    assert type(caught.value.__cause__).__name__ == "MyError"
+    with pytest.raises(PieceFailed, match="piece"):
+        ff.map(mute, X, on=on)
+
+
+class OwnMerge(ff.Count):
+    def lift(self, value, rows):
+        raise KeyError("oops")
+
+
+@pytest.mark.parametrize("on", WHERE)
+def test_an_error_of_a_merge_names_the_piece(on):
+    with pytest.raises(PieceFailed, match=r"OwnMerge\.lift over piece") as caught:
+        ff.fold(gauss, X, OwnMerge(), on=on)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.slow
+def test_a_stage_in_processes_may_feed_another():
+    inner = ff.map(lambda p: [2 * v for v in p], iter(range(3000)), on="cpu:2")
+    assert ff.fold(lambda p: p, inner, ff.Sum(), on="cpu:2") == 2 * sum(range(3000))
+
+
+def test_a_slow_source_is_not_read_dry_before_its_first_result():
+    taken = []
+
+    def slow():
+        for number in range(40):
+            time.sleep(0.05)
+            taken.append(number)
+            yield number
+
+    found = ff.map(lambda p: p, slow())
+    assert next(found) == 0
+    assert len(taken) < 12
+
+
+def test_what_is_known_of_one_partial_is_not_known_of_another():
+    from fanfold.job.choice import _named
+
+    assert _named(functools.partial(gauss)) != _named(functools.partial(gauss))
+    assert _named(np.exp) != _named(np.sin)
+    assert _named(lambda p: p) != _named(gauss)
+
+
+@pytest.mark.slow
+def test_what_processes_mapped_is_given_back_after_the_call():
+    x = np.zeros(8_000_000)
+    before = shutil.disk_usage("/dev/shm").free
+    ff.fold(lambda p: p, x, ff.Sum(), on="cpu:2")
+    assert before - shutil.disk_usage("/dev/shm").free < x.nbytes / 2

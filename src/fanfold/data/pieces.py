@@ -196,6 +196,8 @@ def _look(x: Any) -> tuple[str, int, int]:
     package = cls.__module__.partition(".")[0]
     np = sys.modules.get("numpy")
     if np is not None and isinstance(x, np.ndarray):
+        if cls is not np.ndarray and cls is not np.memmap:
+            raise _unknown(f"a {cls.__module__}.{cls.__qualname__}, whose own rules a piece would not keep")
         if not x.ndim:
             raise _unknown("an array of no dimension")
         if x.dtype.hasobject:

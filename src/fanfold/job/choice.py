@@ -13,7 +13,7 @@ import cloudpickle
 from fanfold.engine.threads import Threads
 from fanfold.job import engines
 from fanfold.job.lending import Lending
-from fanfold.job.piecework import PieceWork, add_block, code_of, compute_piece
+from fanfold.job.piecework import EachRow, PieceWork, add_block, code_of, compute_piece
 from fanfold.plan.plan import Unit
 from fanfold.planner.carrier import Carrier, Measured, choose_carrier
 
@@ -27,32 +27,45 @@ _PROBE_S = 0.005  # a function that is through sooner is not worth a second unit
 _START_S = 0.15  # worker processes that are not there yet (docs/log.md)
 _WARM_S = 0.02
 _AFRESH_S = 0.1  # more work than this is worth another look at a known function: its parts are kept anyway
+SHORT_S = 0.001  # a function is tried for so long
+_STREAM_S = 0.05  # a stream is tried for so long: nobody knows what is left of it
+_PATIENCE_S = 0.1  # for a source that is slow itself
 _MAX_KNOWN = 256
 
 _known: dict[Any, tuple[float, float, float]] = {}  # function and data -> seconds a row, speed-up, bytes a row
 
 
 def probe(
-    f: Any, here: Callable[[], Any], stock: Stock, merge: Any, done: OrderedFold[Any], cores: int
+    f: Any,
+    here: Callable[[], Any],
+    stock: Stock,
+    merge: Any,
+    done: OrderedFold[Any],
+    cores: int,
+    first: int = 0,
+    enough_s: float | None = None,
 ) -> tuple[Carrier, int]:
-    """Computes the first pieces, keeps their parts, and chooses; little work for a known function is not probed.
+    """Computes pieces from `first` on, keeps their parts, and chooses; little work for a known function is not probed.
 
     The carrier, and the first piece that is left. A choice is remembered by the code and the kind of rows, so that
     the same lambda, made again, is known.
     """
-    key = (code_of(f) or (f if isinstance(f, type) else type(f)), *_rows_like(stock))
-    first = 0
+    key = (*_named(f), *_rows_like(stock))
+    begin = first
     known = _known.get(key)
-    if known is None or known[0] * stock.rows_left(0) > _AFRESH_S:
+    if known is None or stock.kind == "stream" or known[0] * stock.rows_left(0) > _AFRESH_S:
         elapsed_s, rows = 0.0, 0
-        while (first < 2 or elapsed_s < _PROBE_S / 5) and _there(stock, first):
+        if enough_s is None:
+            enough_s = _STREAM_S if stock.kind == "stream" else SHORT_S
+        until_s = time.perf_counter() + _PATIENCE_S
+        while (first < begin + 2 or (elapsed_s < enough_s and time.perf_counter() < until_s)) and _there(stock, first):
             begun_s = time.perf_counter()
             place = stock.place(first)
             part = compute_piece(here(), stock.read(first, stock.lent(first, "here")), merge, place)
             add_block(done, 0, first, part, place)
             stock.forget(first, first)
             took_s = time.perf_counter() - begun_s
-            if first:  # the first call also imports and allocates
+            if first > begin:  # the first call also imports and allocates
                 elapsed_s, rows = elapsed_s + took_s, rows + place.rows
             first += 1
         row_s = elapsed_s / max(1, rows)
@@ -77,9 +90,25 @@ def probe(
     )
     rows_left = stock.rows_left(first)
     carrier = choose_carrier(measured, rows_left, cores)
-    if carrier.kind == "cpu" and not _portable(f, stock, first):  # asked only now: it may cost more than the job
+    # asked only now: pickling may cost more than the job
+    if carrier.kind == "cpu" and not _portable((f, merge, done.blocks()[:1]), stock, first):
         carrier = choose_carrier(replace(measured, portable=False), rows_left, cores)
     return carrier, first
+
+
+def _named(f: Any) -> tuple[Any, ...]:
+    """What a function is known by: its code and what that wraps, or else itself."""
+    each = isinstance(f, EachRow)
+    inner = f.f if isinstance(f, EachRow) else f
+    codes: list[Any] = []
+    while inner is not None and len(codes) < 8:
+        codes.append(code_of(inner) if code_of(inner) is not None else inner)
+        inner = getattr(inner, "__wrapped__", None)
+    try:
+        hash(codes[0])
+    except TypeError:
+        return each, id(codes[0])
+    return each, *codes
 
 
 def _there(stock: Stock, piece: int) -> bool:
@@ -96,7 +125,10 @@ def _two_threads(
 ) -> tuple[float, int]:
     """How much faster two threads are than one, over pieces whose parts are kept."""
     last, rows = first, 0
-    while _there(stock, last) and (last - first < 2 or (row_s * rows < _PROBE_S and last - first < 64)):
+    until_s = time.perf_counter() + _PATIENCE_S
+    while _there(stock, last) and (
+        last - first < 2 or (row_s * rows < _PROBE_S and last - first < 64 and time.perf_counter() < until_s)
+    ):
         rows += stock.place(last).rows
         last += 1
     if last - first < 2:
@@ -126,9 +158,9 @@ def _bytes_per_row(stock: Stock, piece: int) -> float:
         return 0.0
 
 
-def _portable(f: Any, stock: Stock, piece: int) -> bool:
+def _portable(shipped: Any, stock: Stock, piece: int) -> bool:
     try:
-        cloudpickle.dumps(f)
+        cloudpickle.dumps(shipped)
         if stock.kind in ("list", "tuple", "stream"):
             cloudpickle.dumps(stock.lent(piece, "host"))
     except Exception:

@@ -6,6 +6,7 @@ import atexit
 import os
 import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fanfold.engine.inline import Inline
@@ -14,6 +15,8 @@ from fanfold.engine.supervisor import IN_WORKER
 from fanfold.errors import PlanError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fanfold.engine.spark import Spark
 
 IDLE_S = 300.0
@@ -23,6 +26,7 @@ _warm: Local | None = None
 _spark: Spark | None = None
 _timer: threading.Timer | None = None
 _used_s = 0.0
+_num_held = 0
 _settings: frozenset[tuple[str, str]] = frozenset()  # of stores, as the warm workers were given them
 _OF_STORES = ("AWS_", "FSSPEC_", "GOOGLE_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
@@ -86,9 +90,26 @@ def in_worker() -> bool:
     return bool(os.environ.get(IN_WORKER))
 
 
-def hold() -> threading.RLock:
+@contextmanager
+def hold() -> Iterator[None]:
     """One job at a time uses the warm workers."""
-    return _lock
+    global _num_held
+    with _lock:
+        _num_held += 1
+        try:
+            yield
+        finally:
+            _num_held -= 1
+
+
+def is_held_here() -> bool:
+    """Whether this very thread is in the middle of a job: its input, say, is what another job gives."""
+    if not _lock.acquire(blocking=False):
+        return False
+    try:
+        return _num_held > 0
+    finally:
+        _lock.release()
 
 
 def _refuse_in_worker() -> None:

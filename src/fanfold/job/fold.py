@@ -21,7 +21,7 @@ from fanfold.engine.inline import Inline
 from fanfold.engine.threads import Threads
 from fanfold.errors import DataError, InputError, PlanError, cause_line
 from fanfold.job import engines
-from fanfold.job.choice import probe, units_of
+from fanfold.job.choice import SHORT_S, probe, units_of
 from fanfold.job.lending import Lending
 from fanfold.job.piecework import EachRow, PieceWork, ShippedWork, add_block, code_of, compute_piece, made
 from fanfold.machine.discover import discover
@@ -204,15 +204,20 @@ def _rounds(f: Any, rows: Iterator[Any], merge: _Rows, asked: Carrier | None, co
     stock = StreamRows(rows)
     here = functools.cache(lambda: made(f))
     with ExitStack() as stack:
-        carrier, first = asked, 0
-        if carrier is None:
-            done: OrderedFold[Any] = OrderedFold(merge)
-            with _one_thread:
-                carrier, first = probe(f, here, stock, merge, done, cores)
-            yield from _in_order(done.blocks())
-        carry = _carrying(carrier, f, here, stock, merge, stack)
-        num_pieces = 2 * max(1, carrier.count)
+        carrier, first, num_pieces = asked, 0, 0
+        carry: Callable[[Lending], None] | None = None
         while first < stock.num_known or stock.more():
+            if carrier is None or (asked is None and carrier.kind == "inline"):  # asked again, as more has come
+                done: OrderedFold[Any] = OrderedFold(merge)
+                with _one_thread:
+                    carrier, first = probe(f, here, stock, merge, done, cores, first, SHORT_S)
+                carry = None
+                yield from _in_order(done.blocks())
+                if first == stock.num_known and not stock.more():
+                    return
+            if carry is None:
+                carry = _carrying(carrier, f, here, stock, merge, stack)
+            num_pieces = num_pieces or 2 * max(1, carrier.count)
             stop = first + num_pieces
             while stock.num_known < stop and stock.more():
                 pass
@@ -314,7 +319,7 @@ def _carrying(
 ) -> Callable[[Lending], None]:
     """What carries an agenda out there; called again, it finds what it has sent and made."""
     if carrier.reach != "here":
-        return _in_processes(carrier, f, stock, merge, stack)
+        return _in_processes(carrier, f, here, stock, merge, stack)
     if carrier.kind == "inline":
         inline, work = Inline(), PieceWork(f=here(), read=stock.read, merge=merge)
         return lambda agenda: inline.carry_out(work, agenda)
@@ -332,7 +337,9 @@ def _keep_heap() -> None:
     sys.modules["numpy"].empty(4 << 20, "uint8")
 
 
-def _in_processes(carrier: Carrier, f: Any, stock: Stock, merge: Any, stack: ExitStack) -> Callable[[Lending], None]:
+def _in_processes(
+    carrier: Carrier, f: Any, here: Callable[[], Any], stock: Stock, merge: Any, stack: ExitStack
+) -> Callable[[Lending], None]:
     try:
         body = cloudpickle.dumps((f, merge))
     except Exception as error:
@@ -354,6 +361,10 @@ def _in_processes(carrier: Carrier, f: Any, stock: Stock, merge: Any, stack: Exi
     imports = ("fanfold.job.piecework", "numpy", *(["torch"] if stock.kind == "tensor" else []))
 
     def carry(agenda: Lending) -> None:
+        if engines.is_held_here():  # it feeds a job that has the workers
+            agenda.to = "here"
+            Inline().carry_out(PieceWork(f=here(), read=stock.read, merge=merge), agenda)
+            return
         with engines.hold():
             if carrier.kind == "spark":
                 spark = engines.spark_for(carrier.master, imports=imports, threads=1)

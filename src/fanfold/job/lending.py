@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fanfold.split.piece import Place
 
 _MAX_DEATHS = 2  # of the units that computed one piece
+_MAX_EARLY_DEATHS = 3
 _ONE_PART = 1 << 60  # windows: parts are a job's matter, nothing is assembled here
 
 
@@ -41,6 +42,7 @@ class Lending:
     _at: dict[str, int] = field(default_factory=dict)  # unit -> the piece that it is at
     _deaths: dict[int, int] = field(default_factory=dict)
     _firsts: dict[int, int] = field(default_factory=dict)  # open window -> its first piece
+    _early_deaths: int = 0
     _num_left: int = 0
     _num_windows: int = 0
     _ended: bool = False
@@ -78,6 +80,7 @@ class Lending:
             instruction = self._schedule.next_for(unit.name)
         if not isinstance(instruction, Compute):
             return None
+        self._at.pop(unit.name, None)  # of the lease before
         first = self._firsts[instruction.window] + instruction.first
         pieces = range(first, first + instruction.last + 1 - instruction.first)
         items: Sequence[Any] | bytes = [self.stock.lent(piece, self.to) for piece in pieces]
@@ -121,10 +124,20 @@ class Lending:
     def lost(self, unit: Unit, assignment: Assignment | None, cause: str) -> None:
         self._schedule.gave_up(unit.name)
         at = self._at.pop(unit.name, None)
-        if assignment is None or at is None:
+        if assignment is None:
             return
         lease = assignment.instruction
         assert isinstance(lease, Compute)
+        if at is None:
+            self._early_deaths += 1
+            if self._early_deaths >= _MAX_EARLY_DEATHS:
+                raise PieceFailed(
+                    f"the function over {assignment.detail.places[0]}",
+                    found=f"{self._early_deaths} processes died before their first piece; the last: {cause}",
+                    allowed="a function and rows that reach another process",
+                    do="is it the class that is made there, or a row that is unpickled? try on='inline'",
+                )
+            return
         piece = self._firsts[lease.window] + at
         self._deaths[piece] = self._deaths.get(piece, 0) + 1
         if self._deaths[piece] >= _MAX_DEATHS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import time
 import traceback
 from dataclasses import dataclass, replace
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
-from fanfold.engine._worker import portable
 from fanfold.engine.schedule import Compute
 from fanfold.errors import FanfoldError, PieceFailed, PlanError, cause_line
 from fanfold.merge.merge import OrderedFold
@@ -29,7 +29,18 @@ class EachRow:
     f: Any
 
     def __call__(self, piece: Any) -> list[Any]:
-        return [self.f(row) for row in piece]
+        return [self.f(row) for row in _rows_of(piece)]
+
+
+def _rows_of(piece: Any) -> Any:
+    """The rows of a piece one by one: of tables and frames as dicts, as `to_pylist` gives them."""
+    if hasattr(piece, "to_pylist"):  # Arrow
+        return piece.to_pylist()
+    if hasattr(piece, "iter_rows"):  # a Polars frame
+        return piece.iter_rows(named=True)
+    if hasattr(piece, "columns") and hasattr(piece, "to_dict"):  # a pandas frame
+        return piece.to_dict("records")
+    return piece
 
 
 def made(f: Any) -> Callable[[Any], Any]:
@@ -37,7 +48,15 @@ def made(f: Any) -> Callable[[Any], Any]:
     if isinstance(f, EachRow):
         return EachRow(made(f.f))
     if isinstance(f, type) and any("__call__" in vars(kind) for kind in f.__mro__):
-        return f()  # type: ignore[no-any-return]
+        try:
+            return f()  # type: ignore[no-any-return]
+        except Exception as error:
+            raise PieceFailed(
+                f"making an object of {f.__qualname__}, once per unit",
+                found=cause_line(error),
+                allowed="a class that is made without arguments",
+                do="give its __init__ defaults, or pass a function that holds what it needs",
+            ) from error
     return f  # type: ignore[no-any-return]
 
 
@@ -52,9 +71,7 @@ def code_of(f: Any) -> Any:
 
 def compute_piece(call: Callable[[Any], Any], value: Any, merge: Any, place: Place) -> Any:
     """The part of one piece; PieceFailed names it, the user's own error is its cause."""
-    before = getattr(
-        value, "_version", None
-    )  # a tensor's changes when it is written to; torch knows no read-only views
+    before = _version(value)
     try:
         result = call(value)
     except Exception as error:
@@ -63,10 +80,34 @@ def compute_piece(call: Callable[[Any], Any], value: Any, merge: Any, place: Pla
         raise _failed(place, error) from error.with_traceback(own)
     if before is not None and value._version != before:
         raise _written(place)
+    if _is_kept(result, value):
+        result = result.copy()
     try:
         return merge.lift(result, place.rows)
     except FanfoldError as error:
         raise _at(place, error) from None
+    except Exception as error:
+        raise _failed(place, error, f"{type(merge).__name__}.lift over") from error
+
+
+def _version(value: Any) -> int | None:
+    """Of a tensor: changes when it is written to, for no view of it is read-only. None for all else."""
+    try:
+        return getattr(value, "_version", None)
+    except RuntimeError:  # made in inference mode
+        return None
+
+
+def _is_kept(result: Any, value: Any) -> bool:
+    """Whether the function holds on to the array that it gave, and may write to it for the next piece."""
+    np = sys.modules.get("numpy")
+    if np is None or type(result) is not np.ndarray:
+        return False
+    root = result if result.base is None else result.base
+    if type(root) is not np.ndarray or root is value or root is getattr(value, "base", None):
+        return False
+    known = 4 if root is result else 3  # names here and in the caller, the call's own, the view
+    return sys.getrefcount(root) > known
 
 
 def add_block(parts: OrderedFold[Any], level: int, index: int, part: Any, place: Place) -> None:
@@ -75,18 +116,20 @@ def add_block(parts: OrderedFold[Any], level: int, index: int, part: Any, place:
         parts.add_block(level, index, part)
     except FanfoldError as error:
         raise _at(place, error) from None
+    except Exception as error:
+        raise _failed(place, error, "joining the parts up to") from error
 
 
 def _at(place: Place, error: FanfoldError) -> FanfoldError:
     return type(error)(f"{error.asked}, {place}", found=error.found, allowed=error.allowed, do=error.do)
 
 
-def _failed(place: Place, error: BaseException) -> PieceFailed:
+def _failed(place: Place, error: BaseException, what: str = "the function over") -> PieceFailed:
     do = "repair the function, or the rows; the error above is its own"
-    if "read-only" in str(error):
+    if "read-only" in cause_line(error):
         do = "change a copy: x = x.copy(); a piece is shared by all units and cannot be written to"
     return PieceFailed(
-        f"the function over {place}",
+        f"{what} {place}",
         found=cause_line(error),
         allowed="a function that returns for every piece",
         do=do,
@@ -151,14 +194,19 @@ class ShippedWork:
     threads: int = 1
 
     def carry_out(self, assignment: Assignment, desk: Desk) -> Any:
-        if desk.cache.get("fold token") != self.token:
-            f, merge = pickle.loads(self.body)
-            work = PieceWork(f=f, read=self.source.opened().read, merge=merge)
-            desk.cache.pop("fold call", None)  # of the call before
-            desk.cache.update({"fold token": self.token, "fold work": work})
-        lent = replace(assignment.detail, items=pickle.loads(assignment.detail.items))
+        lent = assignment.detail
         try:
-            result = desk.cache["fold work"].carry_out(replace(assignment, detail=lent), desk)
+            if desk.cache.get("fold token") != self.token:
+                desk.cache.pop("fold call", None)  # of the call before
+                desk.cache.update({"fold token": self.token, "fold": pickle.loads(self.body)})
+            f, merge = desk.cache["fold"]
+            try:
+                lent = replace(lent, items=pickle.loads(lent.items))
+            except Exception as error:
+                raise _failed(lent.places[0], error, "unpickling rows from") from error
+            # opened for this lease: what is mapped is not held longer
+            work = PieceWork(f=f, read=self.source.opened().read, merge=merge)
+            result = work.carry_out(replace(assignment, detail=lent), desk)
             try:
                 return cloudpickle.dumps(result, 5)
             except Exception as error:
@@ -170,7 +218,17 @@ class ShippedWork:
                 ) from error
         except FanfoldError as error:
             cause = error.__cause__
-            return Broken(error, portable(cause) if cause else None, _shown(cause, self.file))
+            return Broken(error, None if cause is None else _by_value(cause), _shown(cause, self.file))
+
+
+def _by_value(error: BaseException) -> bytes:
+    """The error pickled, its class by value where need be; one that says the same where that cannot be."""
+    try:
+        body: bytes = cloudpickle.dumps(error)
+        pickle.loads(body)
+    except Exception:
+        return pickle.dumps(RuntimeError(cause_line(error)))
+    return body
 
 
 def _shown(error: BaseException | None, file: str) -> str:
@@ -190,14 +248,18 @@ class Broken:
     """A failure on its way to the parent: the error, the user's own, and where that was raised."""
 
     error: FanfoldError
-    cause: BaseException | None
+    cause: bytes | None  # pickled
     traceback: str
 
     def raised(self) -> FanfoldError:
         """The error with the user's own as its cause, its traceback printed above it."""
         if self.cause is not None:
-            self.cause.__cause__ = _RemoteTraceback(self.traceback)
-            self.error.__cause__ = self.cause
+            try:
+                cause = pickle.loads(self.cause)
+            except Exception:
+                cause = RuntimeError(self.error.found)
+            cause.__cause__ = _RemoteTraceback(self.traceback)
+            self.error.__cause__ = cause
         return self.error
 
 

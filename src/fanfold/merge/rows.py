@@ -12,7 +12,14 @@ def per_row(value: Any, rows: int, asked: str) -> Any:
 
     Lists, Series and Arrow arrays become NumPy arrays. Raises DataError where axis 0 is not the piece's rows.
     """
-    if not hasattr(value, "shape") or not hasattr(value, "dtype") or not hasattr(value, "reshape"):
+    if hasattr(value, "filled") and hasattr(value, "mask"):
+        raise DataError(
+            asked,
+            found="a piece gave a masked array",
+            allowed="arrays of plain values",
+            do="fill it, value.filled(0), or weigh what is masked by 0: Weighted(value.filled(0), ~value.mask)",
+        )
+    if not (hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "reshape")) or _is_series(value):
         value = _as_numpy(value, asked)
     if len(value.shape) == 0 or value.shape[0] != rows:
         raise _lengths(value, rows, asked)
@@ -41,6 +48,11 @@ def real_rows(value: Any, rows: int, asked: str) -> Any:
             do="return floats or ints from the function",
         )
     return values
+
+
+def _is_series(value: Any) -> bool:
+    """Whether this is a Series of Polars, which looks like an array."""
+    return type(value).__module__.partition(".")[0] == "polars"
 
 
 def _as_numpy(value: Any, asked: str) -> Any:

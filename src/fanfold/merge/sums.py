@@ -369,9 +369,14 @@ def _weighted_rows(value: Any, weight: Any, rows: int) -> MeanPart:
         return MeanPart()
     values = per_row(value, rows, "take the weighted mean over rows")
     weights = per_row(weight, rows, "weigh rows for the mean")
+    for name, given in (("values", values), ("weights", weights)):
+        if not _dtype(given).startswith(("float", "bfloat", "int", "uint", "bool", "complex", "longdouble")):
+            raise _bad_weight(f"{name} of {_dtype(given)}")
     if len(weights.shape) != 1 or not bool(((weights >= 0) & ((weights - weights) == 0)).all()):
         raise _bad_weight(f"weights of shape {tuple(weights.shape)}, or one that is NaN, infinite or negative")
-    values, weights = _cast(values, "float64"), _cast(weights, "float64")
+    if not _dtype(values).startswith("complex"):
+        values = _cast(values, "float64")
+    weights = _cast(weights, "float64")
     used = weights > 0
     if not bool(used.any()):
         return MeanPart()

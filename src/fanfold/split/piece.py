@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,6 +53,8 @@ class Cuts:
 
 def cut_into(num_rows: int, pieces: int) -> Cuts:
     """As many pieces as asked for. Raises PlanError for fewer than 1 or more than there are rows."""
+    if hasattr(pieces, "__index__") and not isinstance(pieces, bool):  # NumPy's ints too
+        pieces = operator.index(pieces)
     if isinstance(pieces, bool) or not isinstance(pieces, int) or not 1 <= pieces <= max(num_rows, 1):
         raise PlanError(
             f"pieces={pieces!r}",
