@@ -101,7 +101,7 @@ class Spark:
         found = []
         for index in range(listed.size()):
             one = listed.apply(index)
-            if one.totalCores():
+            if one.totalCores() and one.maxMemory():  # it tells its cores first, then its host and memory
                 found.append(
                     Executor(
                         name=str(one.id()),
