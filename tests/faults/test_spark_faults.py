@@ -163,6 +163,25 @@ def test_an_executor_killed_at_five_random_moments_changes_nothing(tmp_path, who
     check_log(tmp_path / "out")
 
 
+def test_an_executor_that_goes_is_told(tmp_path, whole):
+    inputs, sha256, _ = whole
+    killed = []
+
+    def kill_busy_one():
+        victim = executors()[0]
+        victim.kill()
+        killed.append(victim.pid)
+
+    later = threading.Timer(1.0, kill_busy_one)  # in the middle of a lease; batches are told of at a lease's end
+    listener = Listener(lambda event: isinstance(event, Batch) and not later.ident and later.start())
+    run = embed(inputs, tmp_path / "out", listener=listener, task=FakeTask(token_s=2e-4))
+    later.join()
+    notes = [event.text for event in listener.events if isinstance(event, Note)]
+    assert killed
+    assert any("Spark gave it the work of a task that was lost (attempt 2)" in note for note in notes), notes
+    assert run.summary["output_sha256"] == sha256
+
+
 def test_a_python_worker_that_is_killed_is_replaced(tmp_path, whole):
     inputs, sha256, _ = whole
     killed = []
@@ -316,19 +335,3 @@ def test_with_speculation_a_task_and_its_twin_are_one_commit(tmp_path, whole, st
     entries = [json.loads(line[9:]) for line in (tmp_path / "out" / "commits.log").read_bytes().splitlines()]
     num_batches = sum(len(entry["costs"]) for entry in entries if entry["kind"] == "window")
     assert (tmp_path / "calls").stat().st_size > num_batches, "no task had a twin"
-
-
-def test_an_executor_that_goes_is_told(tmp_path, whole):
-    inputs, _, _ = whole
-    killed = []
-
-    def kill_one(event):
-        if isinstance(event, Batch) and not killed and (found := executors()):
-            found[0].kill()
-            killed.append(found[0].pid)
-
-    listener = Listener(kill_one)
-    embed(inputs, tmp_path / "out", listener=listener, task=FakeTask(token_s=5e-5))
-    notes = [event.text for event in listener.events if isinstance(event, Note)]
-    assert killed
-    assert any("Spark gave it the work of a task that was lost" in note for note in notes), notes

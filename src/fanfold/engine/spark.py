@@ -101,7 +101,7 @@ class Spark:
         found = []
         for index in range(listed.size()):
             one = listed.apply(index)
-            if one.totalCores() and one.hostPort() and one.maxMemory():  # else it is still on its way
+            if one.totalCores() and one.maxMemory():  # it tells its cores first, then its host and memory
                 found.append(
                     Executor(
                         name=str(one.id()),
