@@ -223,12 +223,13 @@ def test_a_killed_zygote_is_replaced(docs, expected, tmp_path):
 @pytest.mark.timeout(120)
 def test_the_death_of_a_worker_is_seen_though_another_was_forked_in_the_same_breath():
     """Both requests wait when the zygote looks: the first fork must not keep the second one's pipes open."""
+    before = children(os.getpid())  # a master of Spark, say, that other tests have started
     supervisor = Supervisor(imports=(), threads=1)
     started = []
     try:
         started.append(supervisor.start(Unit(name="warm-up")))
         read_message(started[0])
-        (zygote,) = children(os.getpid())
+        (zygote,) = children(os.getpid()) - before
         os.kill(zygote, signal.SIGSTOP)
         started += [supervisor.start(Unit(name=f"cpu:{index}")) for index in range(2)]
         _, one, two = started
@@ -314,9 +315,10 @@ def test_a_row_that_kills_its_worker_once_costs_a_retry(docs, expected, tmp_path
 
 
 def test_no_worker_outlives_shutdown(docs, tmp_path):
+    before = descendants(os.getpid())  # a master of Spark, say, that other tests have started
     listener = Listener()
     run(docs, tmp_path / "out", task=FakeTask(), display=listener)
-    ours = descendants(os.getpid())
+    ours = descendants(os.getpid()) - before
     assert set(listener.pids.values()) <= ours
     engines.shutdown()
     wait_until_gone(ours, GONE_WITHIN_S)
