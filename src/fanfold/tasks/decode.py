@@ -21,6 +21,7 @@ from fanfold.tasks.sample import choose
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from fanfold.tasks.guide import Guide
     from fanfold.tasks.kv import Region
     from fanfold.tasks.sample import Sampling
 
@@ -41,6 +42,7 @@ class Prompt:
     limit: int
     row: int = 0
     filler: bool = False
+    guide: Guide | None = None  # what its output must keep to
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class Completion:
 
     ids: list[int] = field(default_factory=list)
     reason: Reason = "length"
+    complete: bool = True  # False: a guide's output was cut off
 
 
 @dataclass(slots=True)
@@ -104,10 +107,12 @@ class Decoder:
         step_tokens: int = STEP_TOKENS,
     ) -> None:
         self._model = model
+        self._device = model.device
         self.cache = ArenaCache(model.config.get_text_config(decoder=True).num_hidden_layers, kv_tokens)
         self.eos, self.sampling, self.stops = eos, sampling, stops
         self.slots, self.step_tokens = slots, max(step_tokens, slots + 1)
         self.work = Work()
+        self.trace: list[tuple[int, torch.Tensor]] | None = None  # rows and their logits, where a list is set
 
     def complete(
         self, prompts: Sequence[Prompt], beat: Callable[[int], None] = lambda tokens: None
@@ -131,13 +136,13 @@ class Decoder:
         self.cache.segments = Segments(line.segments)
         with active(self.cache):
             out = self._model(
-                input_ids=torch.tensor([line.ids]),
-                position_ids=torch.tensor([line.positions]),
+                input_ids=torch.tensor([line.ids], device=self._device),
+                position_ids=torch.tensor([line.positions], device=self._device),
                 past_key_values=self.cache,
                 use_cache=True,
-                logits_to_keep=torch.tensor(last),
+                logits_to_keep=torch.tensor(last, device=self._device),
             )
-            logits: torch.Tensor = out.logits[0].float()
+            logits: torch.Tensor = out.logits[0].to(device="cpu", dtype=torch.float32, copy=True)
         return logits
 
 
@@ -285,6 +290,12 @@ class _Piece:
     def _extend(self, ready: list[_Sequence], logits: torch.Tensor) -> None:
         """Choose a token for each, and let go of those that are finished."""
         d = self._d
+        if d.trace is not None:
+            d.trace += [(s.number, logits[i].clone()) for i, s in enumerate(ready)]
+        guides = [self._prompts[s.number].guide for s in ready]
+        for number, guide in enumerate(guides):
+            if guide is not None:
+                guide.restrict(logits[number])
         tokens = choose(
             logits,
             d.sampling,
@@ -297,8 +308,9 @@ class _Piece:
             sequence.ids.append(token)
         stopped = d.stops([s.ids for s in ready]) if d.stops else [False] * len(ready)
         self._decoding = []
-        for sequence, token, stop in zip(ready, tokens, stopped, strict=True):
+        for sequence, token, stop, guide in zip(ready, tokens, stopped, guides, strict=True):
             prompt = self._prompts[sequence.number]
+            stop = (guide is not None and guide.accept(token)) or stop
             if not prompt.filler and (stop or token in d.eos):
                 self._finish(sequence, "stop")
             elif len(sequence.ids) - sequence.prompt >= prompt.limit:
@@ -307,5 +319,7 @@ class _Piece:
                 self._decoding.append(sequence)
 
     def _finish(self, sequence: _Sequence, reason: Reason) -> None:
-        self._found[sequence.number] = Completion(sequence.ids[sequence.prompt :], reason)
+        guide = self._prompts[sequence.number].guide
+        complete = guide is None or guide.complete
+        self._found[sequence.number] = Completion(sequence.ids[sequence.prompt :], reason, complete)
         self._d.cache.places.give_back(sequence.region)

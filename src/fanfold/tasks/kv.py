@@ -84,7 +84,8 @@ class Segments:
     def places(self, num_heads: int) -> torch.Tensor:
         """Rows of the arena's [tokens * H, D] table for the step's keys, int64[T * H], token by token."""
         if num_heads not in self._places:
-            base, stride = [], []
+            base: list[int] = []
+            stride: list[int] = []
             for segment in self.each:
                 start = segment.region.start * num_heads + segment.past
                 base += range(start, start + segment.length)
@@ -129,7 +130,7 @@ class ArenaLayer(CacheLayerMixin):  # type: ignore[misc]
         """Write the step's keys and values [1, H, T, D] to their places; attention reads them there."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        places = self._cache.segments.places(self.num_heads)
+        places = self._cache.segments.places(self.num_heads).to(self.keys.device)
         for table, states in ((self.keys, key_states), (self.values, value_states)):
             table.index_copy_(0, places, states[0].transpose(0, 1).reshape(-1, states.shape[-1]))
         self._cache.layer = self
@@ -215,7 +216,7 @@ def _attend(
         values = layer.of(layer.values, segment.region)[:, first:seen]
         part = grouped[:, :, segment.first : segment.first + segment.length]  # H, G, n, D
         if not plain:
-            mask = segments.mask(number, sliding_window)[:, first:]
+            mask = segments.mask(number, sliding_window)[:, first:].to(query.device)
             out = _softmax_attention(part, keys, values, mask, scaling, softcap, s_aux)
         elif segment.length == 1:  # one query sees all keys: its group of heads stands in for a sequence
             single = part[:, :, 0][None]  # 1, H, G, D
@@ -223,10 +224,10 @@ def _attend(
         else:
             # The heads of a group share keys without a copy: H is the batch, G the heads, expanded with stride 0.
             group = part.shape[1]
-            shared = [t[:, None].expand(-1, group, -1, -1) for t in (keys, values)]
+            keys, values = (table[:, None].expand(-1, group, -1, -1) for table in (keys, values))
             causal = segment.past == 0 and (sliding_window is None or seen <= sliding_window)
-            mask = None if causal else segments.mask(number, sliding_window)[:, first:]
-            out = F.scaled_dot_product_attention(part, *shared, attn_mask=mask, is_causal=causal, scale=scaling)
+            mask = None if causal else segments.mask(number, sliding_window)[:, first:].to(query.device)
+            out = F.scaled_dot_product_attention(part, keys, values, attn_mask=mask, is_causal=causal, scale=scaling)
         found.append(out.flatten(0, 1).transpose(0, 1))  # n, H * G, D
     return torch.cat(found)[None], None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def shared_prefixes(prompts: Sequence[Sequence[int]]) -> tuple[list[Prefix], lis
     ([Prefix(first=0, length=40, parent=None)], [0, 0, None])
     """
     order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
-    common = [_common(prompts[a], prompts[b]) for a, b in zip(order, order[1:], strict=False)]
+    common = [_common(prompts[a], prompts[b]) for a, b in pairwise(order)]
     prefixes: list[Prefix] = []
     longest: list[int | None] = [None] * len(prompts)
     stack: list[tuple[int, int, int | None, int]] = [(0, len(order), None, 0)]

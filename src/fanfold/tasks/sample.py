@@ -94,7 +94,7 @@ def choose(
     import torch
 
     if sampling.repetition_penalty not in (None, 1.0):
-        _penalise(logits, seen, float(sampling.repetition_penalty))  # type: ignore[arg-type]
+        _penalise(logits, seen, sampling.repetition_penalty or 1.0)
     if sampling.greedy:
         return [int(token) for token in logits.argmax(dim=-1).tolist()]
     kept = filtered(logits, sampling)
