@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fanfold.job.engines import shutdown as shutdown
     from fanfold.job.fold import fold as fold
     from fanfold.job.fold import map as map
+    from fanfold.job.generate import generate as generate
     from fanfold.job.verify import verify as verify
     from fanfold.merge import ArgMax as ArgMax
     from fanfold.merge import Concat as Concat
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "embed": "fanfold.job.embed",
     "fold": "fanfold.job.fold",
+    "generate": "fanfold.job.generate",
     "map": "fanfold.job.fold",
     "verify": "fanfold.job.verify",
     "shutdown": "fanfold.job.engines",
@@ -79,6 +81,7 @@ __all__ = [
     "Weighted",
     "embed",
     "fold",
+    "generate",
     "map",
     "shutdown",
     "verify",

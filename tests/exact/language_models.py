@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoints import VOCAB, WIDTH, _trained, edit_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CONTEXT = 128
 TEMPLATE = (

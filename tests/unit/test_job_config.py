@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 
 from fanfold.cli.main import run as command_line
 from fanfold.errors import RequestError
-from fanfold.job.command import EmbedFlags, run_embed, with_config
+from fanfold.job.command import EmbedFlags, run_verb, with_config
 
 TypeAdapter(EmbedFlags)  # pydantic imports a lot at the first use: outside of any test's time
 
@@ -203,7 +203,7 @@ def test_keep_with_commas_is_names(config, ran, capsys):
 
 def test_an_output_is_needed(config):
     with pytest.raises(RequestError) as error:
-        run_embed(EmbedFlags(inputs=("a",)), config=None, quiet=True, color=False)
+        run_verb(EmbedFlags(inputs=("a",)), config=None, quiet=True, color=False)
     assert error.value.found == "no -o OUT"
 
 

@@ -15,6 +15,8 @@ Usage: fanfold COMMAND [ARGUMENTS]
 Run a model over a whole dataset on every core, with the result that one core would give.
 
   embed INPUT... -o OUT   Turn texts into vectors; the same command again goes on where it stopped.
+  generate INPUT... -o OUT --model REF
+                          Let a language model answer every row.
   run JOB.toml            Carry out a job that a TOML file describes.
   verify OUT              Check a finished job: checksums, and a sample computed again, byte for byte.
   show OUT                Say what a run chose and why, how far it is, and what failed.

@@ -14,7 +14,7 @@ import pyarrow as pa
 from fanfold.data.failures import Problem, RowProblem, column_list, inert, usable_id
 from fanfold.data.kept import batch_of, compact
 from fanfold.data.records import Decoded, too_long
-from fanfold.data.source import RECORD_COLUMN, Form
+from fanfold.data.source import RECORD_COLUMN, Form, columns_of
 from fanfold.data.text import bad_utf8
 from fanfold.errors import InputError
 
@@ -58,7 +58,7 @@ class CsvDecoder:
     """Cells of the header's columns; an empty cell is the empty text. No header: no rows either."""
 
     header: tuple[str, ...]
-    text_at: int
+    text_at: int | tuple[int, ...]
     id_at: int | None
     kept: tuple[str, ...]
     form: Form
@@ -86,10 +86,15 @@ class CsvDecoder:
                     except RowProblem as error:
                         problems[i] = error.problem
                 rows.append(row)
-        texts = [None if row is None else row[self.text_at] for row in rows]
+        texts = [None if row is None else self._text(row) for row in rows]
         at = self.id_at
         ids = None if at is None else [None if row is None else usable_id(row[at]) for row in rows]
         return Decoded(texts, self._kept(rows), problems, ids)
+
+    def _text(self, row: list[str]) -> str:
+        if isinstance(self.text_at, tuple):
+            return compact({self.header[at]: row[at] for at in self.text_at})
+        return row[self.text_at]
 
     def _row(self, data: bytes) -> list[str]:
         row = fields(data)
@@ -136,7 +141,7 @@ def read_header(data: bytes, path: str) -> tuple[str, ...]:
 def csv_decoder(
     headers: Sequence[tuple[str, tuple[str, ...]]],
     *,
-    column: str,
+    column: str | tuple[str, ...],
     id_column: str | None,
     keep: str | tuple[str, ...],
     form: Form,
@@ -156,7 +161,7 @@ def csv_decoder(
                 allowed="the same names in the same order in every file",
                 do="run one job for each header, or make the headers the same",
             )
-    for name in (column, *([id_column] if id_column else []), *(keep if isinstance(keep, tuple) else ())):
+    for name in (*columns_of(column), *([id_column] if id_column else []), *(keep if isinstance(keep, tuple) else ())):
         if name not in header:
             raise InputError(
                 f"column '{inert(name)}' of {inert(first_path)}",
@@ -166,4 +171,5 @@ def csv_decoder(
             )
     kept = header if keep == "all" else keep if isinstance(keep, tuple) else ()
     id_at = header.index(id_column) if id_column else None
-    return CsvDecoder(header=header, text_at=header.index(column), id_at=id_at, kept=kept, form=form)
+    text_at = header.index(column) if isinstance(column, str) else tuple(map(header.index, column))
+    return CsvDecoder(header=header, text_at=text_at, id_at=id_at, kept=kept, form=form)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from fanfold.data.failures import Problem, RowProblem, column_list, inert, place, usable_id
 from fanfold.data.kept import Column, compact, encodable, infer, keep_typed, unknown_column, words_for
 from fanfold.data.records import Decoded, Record, too_long
-from fanfold.data.source import RECORD_COLUMN, Form, InputFile
+from fanfold.data.source import RECORD_COLUMN, Form, InputFile, columns_of
 from fanfold.data.text import bad_utf8
 from fanfold.errors import InputError
 
@@ -72,7 +72,7 @@ def parse(data: bytes) -> tuple[str, dict[str, Any]]:
 class JsonlDecoder:
     """Texts and kept columns of JSON objects; `columns` None in form `json` with everything kept."""
 
-    column: str
+    column: str | tuple[str, ...]
     id_column: str | None
     form: Form
     columns: tuple[Column, ...] | None
@@ -116,11 +116,19 @@ class JsonlDecoder:
             parsed.append(record)
             raw.append(text)
         kept = self._kept_json(parsed, raw, problems) if self.form == "json" else self._kept(parsed, problems)
-        texts = [None if r is None or i in problems else r[self.column] for i, r in enumerate(parsed)]
+        texts = [None if r is None or i in problems else self._text(r) for i, r in enumerate(parsed)]
         ids = [self._id(record) if record else None for record in parsed] if self.id_column else None
         return Decoded(texts, kept, problems, ids)
 
+    def _text(self, record: dict[str, Any]) -> str:
+        if isinstance(self.column, tuple):
+            return compact({name: record[name] for name in self.column})
+        text: str = record[self.column]
+        return text
+
     def _text_problem(self, record: dict[str, Any], has_escapes: bool) -> Problem | None:
+        if isinstance(self.column, tuple):
+            return self._columns_problem(record, self.column, has_escapes)
         text = record.get(self.column)
         shown = f"column '{inert(self.column)}'"
         if isinstance(text, str):
@@ -132,6 +140,16 @@ class JsonlDecoder:
         if self.column in record:
             return Problem("NullText", f"{shown} is null")
         return Problem("MissingColumn", f"no {shown}; the record has {column_list(list(record), most=8)}")
+
+    def _columns_problem(self, record: dict[str, Any], names: tuple[str, ...], has_escapes: bool) -> Problem | None:
+        for name in names:
+            if name not in record:
+                there = column_list(list(record), most=8)
+                return Problem("MissingColumn", f"no column '{inert(name)}'; the record has {there}")
+        if has_escapes and not encodable(self._text(record)):
+            shown = ", ".join(map(inert, names))
+            return Problem("BadText", f"column(s) {shown}: half of a surrogate pair, which is not text")
+        return None
 
     def _clash(self, record: dict[str, Any]) -> Problem:
         clash = ", ".join(sorted(self.reserved & record.keys()))
@@ -168,7 +186,7 @@ def jsonl_decoder(
     heads: Iterable[Record],
     files: Sequence[InputFile],
     *,
-    column: str,
+    column: str | tuple[str, ...],
     id_column: str | None,
     keep: str | tuple[str, ...],
     form: Form,
@@ -189,8 +207,9 @@ def jsonl_decoder(
         except RowProblem:
             record = None
         if record is not None:
-            if not records and column not in record:
-                raise _no_column(column, place(files[head.file].path, head.line), list(record))
+            missing = [name for name in columns_of(column) if name not in record]
+            if not records and missing:
+                raise _no_column(missing[0], place(files[head.file].path, head.line), list(record))
             records.append(record)
         if num_bytes >= INFERRED_BYTES or len(records) >= (1 if only_first else INFERRED_RECORDS):
             break

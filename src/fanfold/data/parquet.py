@@ -20,11 +20,11 @@ from fanfold.data.failures import Problem, column_list, inert, message, place, u
 from fanfold.data.kept import batch_of
 from fanfold.data.parquet_reader import batches, footer, open_parquet
 from fanfold.data.records import SpanJoiner, check_window_rows, rows_left, total_bytes
-from fanfold.data.source import RECORD_COLUMN, Chunk, Form, InputFile, RowFailure, Span, Window
+from fanfold.data.source import RECORD_COLUMN, Chunk, Form, InputFile, RowFailure, Span, Window, columns_of
 from fanfold.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class ParquetSource:
 
     files: tuple[InputFile, ...]
     rows: tuple[int, ...]
-    column: str
+    column: str | tuple[str, ...]
     id_column: str | None
     kept: pa.Schema  # the kept columns with their own types
     form: Form
@@ -85,7 +85,7 @@ class ParquetSource:
         pass
 
     def _batches(self, span: Span) -> Iterator[pa.RecordBatch]:
-        names = dict.fromkeys([self.column, *self.kept.names, *([self.id_column] if self.id_column else [])])
+        names = dict.fromkeys([*columns_of(self.column), *self.kept.names, *columns_of(self.id_column or ())])
         return batches(self.files[span.file], tuple(names), span.start, span.stop)
 
     def _chunk(self, batch: pa.RecordBatch, offset: int, file: int, at: int) -> Chunk:
@@ -93,9 +93,15 @@ class ParquetSource:
         for name in self.kept.names:
             for i in _bad_utf8(batch.column(name)):
                 problems[i] = Problem("BadUtf8", f"column '{inert(name)}' is not UTF-8")
-        texts = self._texts(batch.column(self.column), problems)
+        if isinstance(self.column, str):
+            texts = self._texts(batch.column(self.column), problems)
+        else:
+            for name in self.column:
+                for i in _bad_utf8(batch.column(name)):
+                    problems[i] = Problem("BadUtf8", f"column '{inert(name)}' is not UTF-8")
+            texts = self._json(batch, self.column, problems)
         if self.form == "json":
-            records = self._json(batch, problems)
+            records = self._json(batch, self.kept.names, problems)
             texts = [None if i in problems else text for i, text in enumerate(texts)]
             kept = batch_of([pa.array(records, pa.string())], self.kept_schema, len(texts))
         else:
@@ -106,7 +112,7 @@ class ParquetSource:
         return Chunk(offset=offset, texts=texts, kept=kept, failures=failures, ids=ids)
 
     def _texts(self, column: pa.Array, problems: dict[int, Problem]) -> list[str | None]:
-        shown = f"column '{inert(self.column)}'"
+        shown = f"column '{inert(str(self.column))}'"
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         for i in _bad_utf8(column):
@@ -120,7 +126,8 @@ class ParquetSource:
 
     def _failure(self, batch: pa.RecordBatch, i: int, offset: int, file: int, at: int, problem: Problem) -> RowFailure:
         where = place(self.files[file].path, at + i, "row")
-        told = message(where, problem.reason, _bytes_of(batch.column(self.column), i))
+        head = _bytes_of(batch.column(self.column), i) if isinstance(self.column, str) else b""
+        told = message(where, problem.reason, head)
         return RowFailure(offset=offset + i, error=problem.error, message=told, id=self._id(batch, i))
 
     def _id(self, batch: pa.RecordBatch, i: int) -> str | int | float | None:
@@ -131,14 +138,15 @@ class ParquetSource:
         except (ValueError, OverflowError):
             return None
 
-    def _json(self, batch: pa.RecordBatch, problems: dict[int, Problem]) -> list[str | None]:
+    def _json(self, batch: pa.RecordBatch, names: Sequence[str], problems: dict[int, Problem]) -> list[str | None]:
+        """A JSON object of the named columns for each row."""
         good: list[int | None] = [i for i in range(batch.num_rows) if i not in problems]
-        columns = [_plain(_rows(batch.column(name), good)) for name in self.kept.names]
+        columns = [_plain(_rows(batch.column(name), good)) for name in names]
         records: list[str | None] = [None] * batch.num_rows
         for at, i in enumerate(i for i in good if i is not None):
             try:
                 values = [c[at].as_py() if isinstance(c[at], pa.Scalar) else c[at] for c in columns]
-                row = dict(zip(self.kept.names, values, strict=True))
+                row = dict(zip(names, values, strict=True))
                 records[i] = json.dumps(row, ensure_ascii=False, separators=(",", ":"), default=_json_value)
             except (ValueError, TypeError, OverflowError) as error:
                 problems[i] = Problem("BadRecord", f"the row cannot be written as JSON: {inert(str(error))}")
@@ -216,7 +224,7 @@ def _bytes_of(column: pa.Array, i: int) -> bytes:
 def parquet_source(
     files: tuple[InputFile, ...],
     *,
-    column: str,
+    column: str | tuple[str, ...],
     id_column: str | None,
     keep: str | tuple[str, ...],
     form: Form,
@@ -224,7 +232,7 @@ def parquet_source(
 ) -> ParquetSource:
     """Raises InputError for unreadable files, files that differ, a column that is missing or no text."""
     rows, schema = _look(files)
-    for name in (column, *([id_column] if id_column else []), *(keep if isinstance(keep, tuple) else ())):
+    for name in (*columns_of(column), *([id_column] if id_column else []), *(keep if isinstance(keep, tuple) else ())):
         if name not in schema.names:
             raise InputError(
                 f"column '{inert(name)}' of {inert(files[0].path)}",
@@ -232,7 +240,8 @@ def parquet_source(
                 allowed=column_list(schema.names),
                 do="name one of these columns (--column for the text, --id, --keep)",
             )
-    _check_text(files[0].path, schema.field(column))
+    if isinstance(column, str):
+        _check_text(files[0].path, schema.field(column))
     names = schema.names if keep == "all" else keep if isinstance(keep, tuple) else ()
     return ParquetSource(
         files=files,

@@ -10,7 +10,7 @@ import pyarrow as pa
 from fanfold.data.failures import RowProblem
 from fanfold.data.kept import batch_of, compact
 from fanfold.data.records import Decoded, too_long
-from fanfold.data.source import RECORD_COLUMN, Form
+from fanfold.data.source import RECORD_COLUMN, Form, columns_of
 from fanfold.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class TextDecoder:
 
     form: Form
     keeps: bool  # whether the one column there is, text, is kept
+    as_object: bool = False  # the text in a JSON object
 
     @property
     def rules(self) -> Rules:
@@ -56,6 +57,8 @@ class TextDecoder:
         if self.form == "json":
             kept = [None if t is None else compact({TEXT_COLUMN: t} if self.keeps else {}) for t in texts]
         schema = self.schema
+        if self.as_object:
+            texts = [None if text is None else compact({TEXT_COLUMN: text}) for text in texts]
         arrays = [pa.array(kept, pa.string())] if len(schema) else []
         return Decoded(texts, batch_of(arrays, schema, len(texts)), problems)
 
@@ -74,9 +77,11 @@ def bad_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8: byte {error.start} of the record is 0x{found:02x} ({error.reason})"
 
 
-def text_decoder(*, column: str, id_column: str | None, keep: str | tuple[str, ...], form: Form) -> TextDecoder:
+def text_decoder(
+    *, column: str | tuple[str, ...], id_column: str | None, keep: str | tuple[str, ...], form: Form
+) -> TextDecoder:
     """Raises InputError where a column other than `text` is asked for."""
-    wanted = [column, *([id_column] if id_column else []), *(keep if isinstance(keep, tuple) else ())]
+    wanted = [*columns_of(column), *([id_column] if id_column else []), *(keep if isinstance(keep, tuple) else ())]
     for name in wanted:
         if name != TEXT_COLUMN:
             raise InputError(
@@ -85,4 +90,5 @@ def text_decoder(*, column: str, id_column: str | None, keep: str | tuple[str, .
                 allowed="text",
                 do="leave the column out, or convert the input to JSONL, CSV or Parquet",
             )
-    return TextDecoder(form=form, keeps=keep == "all" or TEXT_COLUMN in keep)
+    as_object = not isinstance(column, str)
+    return TextDecoder(form=form, keeps=keep == "all" or TEXT_COLUMN in keep, as_object=as_object)

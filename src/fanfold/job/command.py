@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fanfold.errors import RequestError
 from fanfold.job.request import names_of
@@ -13,10 +13,12 @@ from fanfold.job.request import names_of
 if TYPE_CHECKING:
     from fanfold.job.run import Run
 
+Flags = TypeVar("Flags", bound="JobFlags")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EmbedFlags:
-    """The flags of `fanfold embed`, by name."""
+class JobFlags:
+    """The flags that every verb has, by name."""
 
     inputs: tuple[str, ...] = ()
     out: str | None = None
@@ -26,12 +28,6 @@ class EmbedFlags:
     keep: str | tuple[str, ...] = "all"
     id: str | None = None
     prefix: str = ""
-    prefix_text: str | None = None
-    prompt_name: str | None = None
-    max_length: int | None = None
-    chunk: int | None = None
-    overlap: int | None = None
-    merge: str | None = None
     dtype: str = "float32"
     revision: str | None = None
     on_error: str = "quarantine"
@@ -39,7 +35,6 @@ class EmbedFlags:
     memory_per_unit: str | None = None
     timeout_batch: str | None = None
     too_long: str = "truncate"
-    compile: str = "off"
     limit: int | None = None
     overwrite: bool = False
     allow_append: bool = False
@@ -47,8 +42,46 @@ class EmbedFlags:
     dry_run: bool = False
 
 
-def run_embed(
-    flags: EmbedFlags,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedFlags(JobFlags):
+    """The flags of `fanfold embed`."""
+
+    prefix_text: str | None = None
+    prompt_name: str | None = None
+    max_length: int | None = None
+    chunk: int | None = None
+    overlap: int | None = None
+    merge: str | None = None
+    compile: str = "off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateFlags(JobFlags):
+    """The flags of `fanfold generate`."""
+
+    prompt: str | None = None
+    chat: bool = False
+    system: str | None = None
+    max_new_tokens: int | str | None = None
+    stop: tuple[str, ...] = ()
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int = 0
+    full_text: bool = False
+    json_schema: str | None = None
+
+
+_VERBS: dict[str, tuple[type[JobFlags], str, str]] = {
+    "embed": (EmbedFlags, "fanfold.job.embed", "embed_files"),
+    "generate": (GenerateFlags, "fanfold.job.generate", "generate_files"),
+}
+
+
+def run_verb(
+    flags: JobFlags,
     *,
     config: str | None,
     quiet: bool,
@@ -56,8 +89,7 @@ def run_embed(
     as_json: bool = False,
     given: frozenset[str] = frozenset(),
 ) -> Run:
-    """Carry out `fanfold embed`; `given` are the flags that stood on the command line."""
-    from fanfold.job.embed import embed_files
+    """Carry out the verb whose flags these are; `given` are those that stood on the command line."""
     from fanfold.job.show import summary_lines
     from fanfold.report.progress import Progress
 
@@ -65,11 +97,12 @@ def run_embed(
         flags = with_config(flags, Path(config), given)
     if flags.out is None:
         raise RequestError(
-            "fanfold embed",
+            f"fanfold {_verb_of(flags)}",
             found="no -o OUT",
             allowed="a folder, or a file .parquet, .jsonl or .csv",
             do="add -o, for example: -o out/",
         )
+    files = _files_function(flags)
     values = asdict(flags)
     inputs, out = values.pop("inputs"), values.pop("out")
     values["keep"] = flags.keep
@@ -81,31 +114,48 @@ def run_embed(
             do="write the rows to a file, or leave --json away",
         )
     if out == "-":
-        return _to_stdout(inputs, values, quiet=quiet, color=color)
+        return _to_stdout(files, inputs, values, quiet=quiet, color=color)
     if "-" in inputs:
         values["stdin"] = sys.stdin.buffer
     display = Progress(quiet=quiet, color=color)
-    run = embed_files(inputs, out, display=display, signals=True, **values)
+    run: Run = files(inputs, out, display=display, signals=True, **values)
     for line in summary_lines(run.summary):
         display.say(line)
     return run
 
 
-def _to_stdout(inputs: tuple[str, ...], values: dict[str, Any], *, quiet: bool, color: bool) -> Run:
+def run_file(path: str, *, quiet: bool, color: bool) -> Run:
+    """Carry out the job that a TOML file describes: task = "embed" or another verb, and its flags."""
+    task = str(_read_config(Path(path)).get("task", "embed"))
+    if task not in _VERBS:
+        raise _unknown_task(Path(path), task)
+    return run_verb(_VERBS[task][0](), config=path, quiet=quiet, color=color)
+
+
+def _verb_of(flags: JobFlags) -> str:
+    return next(verb for verb, (kind, _, _) in _VERBS.items() if type(flags) is kind)
+
+
+def _files_function(flags: JobFlags) -> Any:
+    from importlib import import_module
+
+    _, module, name = _VERBS[_verb_of(flags)]
+    return getattr(import_module(module), name)
+
+
+def _to_stdout(files: Any, inputs: tuple[str, ...], values: dict[str, Any], *, quiet: bool, color: bool) -> Run:
     """JSONL rows in order on stdout; nothing is kept, so there is nothing to resume."""
     import shutil
 
     from fanfold.data.scratch import scratch_folder
-    from fanfold.job.embed import embed_files
     from fanfold.report.progress import Progress
 
     with scratch_folder() as folder:
         if "-" in inputs:
             values["stdin"] = sys.stdin.buffer
         out = folder / "out.jsonl"
-        run = embed_files(
-            inputs, out, display=Progress(quiet=quiet, color=color), signals=True, **{**values, "sync": False}
-        )
+        display = Progress(quiet=quiet, color=color)
+        run: Run = files(inputs, out, display=display, signals=True, **{**values, "sync": False})
         if out.exists():
             with out.open("rb") as rows:
                 shutil.copyfileobj(rows, sys.stdout.buffer)
@@ -113,8 +163,8 @@ def _to_stdout(inputs: tuple[str, ...], values: dict[str, Any], *, quiet: bool, 
         return run
 
 
-def with_config(flags: EmbedFlags, path: Path, given: frozenset[str] = frozenset()) -> EmbedFlags:
-    """The file's values where the command line said nothing."""
+def _read_config(path: Path) -> dict[str, Any]:
+    """The file's keys, with underscores."""
     import tomllib
 
     try:
@@ -126,13 +176,22 @@ def with_config(flags: EmbedFlags, path: Path, given: frozenset[str] = frozenset
             allowed="a TOML file with the command's flags as keys",
             do="check the file",
         ) from None
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    task = values.pop("task", "embed")
-    if task != "embed":
-        raise RequestError(
-            f"--config {path}", found=f"task = {task!r}", allowed='task = "embed"', do="correct the file"
-        )
-    known = {field.name: field for field in fields(EmbedFlags)}
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _unknown_task(path: Path, task: object, allowed: str = "") -> RequestError:
+    allowed = allowed or " or ".join(f'task = "{verb}"' for verb in _VERBS)
+    return RequestError(f"--config {path}", found=f"task = {task!r}", allowed=allowed, do="correct the file")
+
+
+def with_config(flags: Flags, path: Path, given: frozenset[str] = frozenset()) -> Flags:
+    """The file's values where the command line said nothing."""
+    values = _read_config(path)
+    verb = _verb_of(flags)
+    task = values.pop("task", verb)
+    if task != verb:
+        raise _unknown_task(path, task, f'task = "{verb}"')
+    known = {field.name: field for field in fields(flags)}
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise RequestError(
@@ -143,9 +202,11 @@ def with_config(flags: EmbedFlags, path: Path, given: frozenset[str] = frozenset
         )
     if isinstance(values.get("inputs"), str):
         values["inputs"] = (values["inputs"],)
+    if isinstance(values.get("stop"), str):
+        values["stop"] = (values["stop"],)
     if isinstance(values.get("keep"), str):
         values["keep"] = names_of(values["keep"])
-    for name in ("inputs", "keep"):
+    for name in ("inputs", "keep", "stop"):
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
     for name in ("max_failures", "memory_per_unit", "timeout_batch"):
@@ -159,7 +220,7 @@ def with_config(flags: EmbedFlags, path: Path, given: frozenset[str] = frozenset
     import pydantic
 
     try:
-        return pydantic.TypeAdapter(EmbedFlags).validate_python({**values, **said}, strict=False)
+        return pydantic.TypeAdapter(type(flags)).validate_python({**values, **said}, strict=False)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise RequestError(

@@ -22,9 +22,10 @@ from fanfold.errors import DataError, FanfoldError, InternalError, OutOfMemory, 
 from fanfold.job.prepare import ensure_prepared
 from fanfold.job.work import JobWork, LeaseDetail, LeaseDone, Trial, TrialDone, items_name, unique
 from fanfold.split.bisect import Bisection
+from fanfold.tasks.task import Row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from fanfold.data.store import Store
     from fanfold.engine.engine import Desk
@@ -67,15 +68,25 @@ class BatchItems:
     piece: int
     names: list[str | None] = field(default_factory=list)  # the id column as JSON, where one was named
     parts: list[int] | None = None  # of each row's text
+    extras: list[str] | None = None  # of each row, where the piece is computed as a whole
+    first_row: int = 0  # of the window: offsets count from it
+    beat: Callable[[int], None] = lambda tokens: None
 
 
-def batches_of(items: pa.RecordBatch, piece: int) -> Iterator[BatchItems]:
-    """The batches of the piece."""
+class _StoppedEarly(BaseException):
+    """A stop was requested while a piece was under way: no error of the rows."""
+
+
+def batches_of(
+    items: pa.RecordBatch, piece: int, first_row: int = 0, beat: Callable[[int], None] = lambda tokens: None
+) -> Iterator[BatchItems]:
+    """The batches of the piece; `first_row` is the window's, `beat` is told of a long batch's progress."""
     batch = items.column("batch").to_numpy()
     lengths = items.column("length").to_numpy()
     offsets = items.column("offset").to_pylist()
     names = items.column("id").to_pylist()
     parts = items.column("part").to_pylist() if "part" in items.schema.names else None
+    extras = items.column("extra").to_pylist() if "extra" in items.schema.names else None
     column = items.column("ids")
     ends = column.offsets.to_numpy()
     flat = column.values.to_numpy()
@@ -83,7 +94,17 @@ def batches_of(items: pa.RecordBatch, piece: int) -> Iterator[BatchItems]:
     for start, stop in pairwise(borders):
         ids = [flat[ends[row] : ends[row + 1]] for row in range(start, stop)]
         of_batch = None if parts is None else parts[start:stop]
-        yield BatchItems(offsets[start:stop], ids, int(lengths[start]), piece, names[start:stop], of_batch)
+        yield BatchItems(
+            offsets[start:stop],
+            ids,
+            int(lengths[start]),
+            piece,
+            names[start:stop],
+            of_batch,
+            None if extras is None else extras[start:stop],
+            first_row,
+            beat,
+        )
 
 
 def compute_lease(
@@ -98,6 +119,12 @@ def compute_lease(
     rows = tokens = padded_tokens = 0
     last = lease.first - 1
     start_s = time.monotonic()
+
+    def beat(tokens: int) -> None:
+        desk.beat(0, tokens)
+        if desk.stopping():
+            raise _StoppedEarly
+
     with (
         desk.timed("compute", f"window {lease.window} pieces {lease.first}-{lease.last}"),
         pa.memory_map(str(store.file(items_name(lease.window)))) as mapped,
@@ -107,16 +134,20 @@ def compute_lease(
         for piece in range(lease.first, lease.last + 1):
             items = reader.get_batch(piece)
             results = []
-            for number, batch in enumerate(batches_of(items, piece)):
-                desk.at(piece, number)
-                left_out = detail.left_out.get((piece, number), {})
-                result, failed = compute_batch(opened, batch, left_out)
-                results.append(result)
-                failures += failed
-                rows += len(batch.ids)
-                tokens += sum(map(len, batch.ids))
-                padded_tokens += len(batch.ids) * batch.length
-                desk.beat(len(batch.ids), len(batch.ids) * batch.length)
+            try:
+                for number, batch in enumerate(batches_of(items, piece, detail.window.first_row, beat)):
+                    desk.at(piece, number)
+                    left_out = detail.left_out.get((piece, number), {})
+                    result, failed = compute_batch(opened, batch, left_out)
+                    results.append(result)
+                    failures += failed
+                    rows += len(batch.ids)
+                    tokens += sum(map(len, batch.ids))
+                    padded = sum(map(len, batch.ids)) if batch.extras else len(batch.ids) * batch.length
+                    padded_tokens += padded
+                    desk.beat(len(batch.ids), 0 if batch.extras else padded)
+            except _StoppedEarly:
+                break
             writer.write_batch(_record(items, results, work.task))
             last = piece
             if desk.stopping():
@@ -145,7 +176,9 @@ def compute_batch(
     """The batch's results and its failed rows. `left_out` are rows known to be bad: place -> (error, message)."""
     failures = [_failure(batch, row, error, message) for row, (error, message) in sorted(left_out.items())]
     try:
-        return compute_rows(opened, batch, set(range(len(batch.ids))) - left_out.keys()), failures
+        result, bad = compute_rows(opened, batch, set(range(len(batch.ids))) - left_out.keys())
+        failures += [_failure(batch, row, *why) for row, why in sorted(bad.items()) if row not in left_out]
+        return result, failures
     except FanfoldError as error:
         if not isinstance(error, DataError):
             raise
@@ -155,13 +188,27 @@ def compute_batch(
     return _take_apart(opened, batch, left_out, failures, first)
 
 
-def compute_rows(opened: Opened, batch: BatchItems, real: set[int] | tuple[int, ...]) -> dict[str, Any]:
-    """The batch in its own shape, every row that is not in `real` replaced by a filler."""
-    if len(real) == len(batch.ids):
-        return opened.compute(batch.ids, batch.length)
-    filler = opened.filler()[: batch.length]
+def compute_rows(
+    opened: Opened, batch: BatchItems, real: set[int] | tuple[int, ...]
+) -> tuple[dict[str, Any], dict[int, tuple[str, str]]]:
+    """The batch in its own shape, every row that is not in `real` replaced by a filler; and rows that failed alone."""
     chosen = set(real)
-    return opened.compute([ids if row in chosen else filler for row, ids in enumerate(batch.ids)], batch.length)
+    if batch.extras is not None:
+        filler = opened.filler()
+        rows = [
+            Row(
+                ids if row in chosen else np.resize(filler, len(ids)),
+                extra,
+                batch.first_row + offset,
+                row not in chosen,
+            )
+            for row, (ids, extra, offset) in enumerate(zip(batch.ids, batch.extras, batch.offsets, strict=True))
+        ]
+        return opened.compute_piece(rows, batch.beat)
+    if len(chosen) == len(batch.ids):
+        return opened.compute(batch.ids, batch.length), {}
+    filler = opened.filler()[: batch.length]
+    return opened.compute([ids if row in chosen else filler for row, ids in enumerate(batch.ids)], batch.length), {}
 
 
 def _take_apart(
@@ -181,11 +228,12 @@ def _take_apart(
         num_bad = len(bisection.bad)
         error: Exception | None = None
         try:
-            result = compute_rows(opened, batch, rows)
+            result, alone = compute_rows(opened, batch, rows)
         except Exception as caught:
             error = caught
         else:
             _put(merged, result, rows)
+            failures += [_failure(batch, row, *why) for row, why in sorted(alone.items()) if row in rows]
         bisection.tell(error is None)
         if error is not None:
             first = error
@@ -197,7 +245,7 @@ def _take_apart(
     for i, error in errors.items():
         failures.append(_failure(batch, places[i], *row_error(error)))
     if not merged:  # not one row is good: the shape of the results comes from fillers alone
-        merged = compute_rows(opened, batch, ())
+        merged, _ = compute_rows(opened, batch, ())
     return merged, failures
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from fanfold.data.source import RowFailure
 from fanfold.job.work import JobWork, PreparedWindow, WindowDetail, items_name, kept_name, unique
-from fanfold.split.batch import cut
+from fanfold.split.batch import cut, deal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +37,7 @@ ITEMS = pa.schema(
         ("id", pa.string()),  # the id column's value as JSON, null where none was named
     ]
 )
+ITEMS_WITH_EXTRAS = ITEMS.append(pa.field("extra", pa.string()))  # of pieces that are computed as a whole
 ITEMS_IN_PARTS = ITEMS.append(pa.field("part", pa.int32()))  # of texts that are cut into parts
 
 
@@ -47,6 +48,8 @@ class Item(NamedTuple):
     part: int
     ids: np.ndarray
     name: Any  # the id column's value
+    cost: int
+    extra: str | None = None
 
 
 class HashingFile:
@@ -106,6 +109,9 @@ def prepare_window(
                 prepared = opened.prepare([text for _, text in rows])
                 names = {} if chunk.ids is None else {chunk.offset + i: name for i, name in enumerate(chunk.ids)}
                 too_long: set[int] = set()
+                for i, (error, why) in sorted(prepared.failed.items()):
+                    offset = rows[i][0]
+                    failures.append(RowFailure(offset=offset, error=error, message=why, id=names.get(offset)))
                 if work.output.too_long == "quarantine":
                     too_long = set(prepared.truncated)
                     failures += [_too_long(rows[i][0], names.get(rows[i][0])) for i in prepared.truncated]
@@ -113,20 +119,28 @@ def prepare_window(
                     truncated += len(prepared.truncated)
                 parts = prepared.parts or [1] * len(rows)
                 for i, ((offset, _), stop) in enumerate(zip(rows, accumulate(parts), strict=True)):
-                    if i not in too_long:
-                        for part, ids in enumerate(prepared.ids[stop - parts[i] : stop]):
-                            items.append(Item(offset, part, ids, names.get(offset)))
+                    if i in too_long or i in prepared.failed:
+                        continue
+                    for part, ids in enumerate(prepared.ids[stop - parts[i] : stop]):
+                        cost = prepared.costs[i] if prepared.costs else len(ids)
+                        extra = prepared.extras[i] if prepared.extras else None
+                        items.append(Item(offset, part, ids, names.get(offset), cost, extra))
             kept.write_batch(chunk.kept)
             alive()
     lengths = [len(item.ids) for item in items]
-    plan = cut(
-        range(len(items)),
-        lengths,
-        batch_tokens=work.numerics.batch_tokens,
-        piece_batches=work.numerics.piece_batches,
-    )
+    if work.task.piece_cost is not None:
+        plan = deal(range(len(items)), [item.cost for item in items], piece_cost=work.numerics.batch_tokens)
+    else:
+        plan = cut(
+            range(len(items)),
+            lengths,
+            batch_tokens=work.numerics.batch_tokens,
+            piece_batches=work.numerics.piece_batches,
+        )
     items_tmp = f"tmp/w-{tag}"
-    items_sha256 = _write_items(store.new_file(items_tmp), plan, items, in_parts=work.task.chunking is not None)
+    schema = ITEMS if work.task.chunking is None else ITEMS_IN_PARTS
+    schema = schema if work.task.piece_cost is None else ITEMS_WITH_EXTRAS
+    items_sha256 = _write_items(store.new_file(items_tmp), plan, items, schema)
     store.place(kept_tmp, kept_name(window.index))
     store.place(items_tmp, items_name(window.index))
     return PreparedWindow(
@@ -147,8 +161,7 @@ def _too_long(offset: int, row_id: Any) -> RowFailure:
     )
 
 
-def _write_items(path: Path, plan: Cut, items: list[Item], *, in_parts: bool) -> str:
-    schema = ITEMS_IN_PARTS if in_parts else ITEMS
+def _write_items(path: Path, plan: Cut, items: list[Item], schema: pa.Schema) -> str:
     with HashingFile(path) as file, pa.ipc.new_file(pa.PythonFile(file, mode="w"), schema) as writer:
         for piece in plan.pieces:
             rows = [items[slot] for slot in plan.order[piece[0].start : piece[-1].stop]]
@@ -164,7 +177,9 @@ def _write_items(path: Path, plan: Cut, items: list[Item], *, in_parts: bool) ->
                 pa.ListArray.from_arrays(pa.array(ends), pa.array(flat)),
                 pa.array(names, pa.string()),
             ]
-            if in_parts:
+            if "extra" in schema.names:
+                columns.append(pa.array([row.extra for row in rows], pa.string()))
+            if "part" in schema.names:
                 columns.append(pa.array([row.part for row in rows], pa.int32()))
             writer.write_batch(pa.record_batch(columns, schema=schema))
     return file.sha256

@@ -121,7 +121,7 @@ def _run_job(
     say = display.say if display else _nobody
     source = open_source(
         request.inputs,
-        column=request.column,
+        column=request.column if task.inputs is None else task.inputs,
         id_column=request.id,
         keep=request.keep,
         form="json" if output.format == "jsonl" else "typed",
@@ -365,6 +365,8 @@ def _uncompiled(where: Where) -> PlanError:
 
 def _numerics(task: Task, kind: str) -> Numerics:
     numerics = Numerics(dtype=task.dtype, device="cuda" if kind == "cuda" else "cpu")
+    if task.piece_cost is not None:
+        numerics = replace(numerics, batch_tokens=task.piece_cost, order="dealt")
     width = sum(column.bytes_per_row for column in task.columns)
     return replace(numerics, windows_per_part=windows_per_part(numerics.window_rows, width))
 
@@ -374,6 +376,7 @@ def _job(task: Task, source: Source, request: Request) -> Job:
         weights_bytes=task.weights_bytes,
         input_bytes=source.total_bytes,
         unit_memory_bytes=request.unit_memory_bytes,
+        unit_bytes=task.unit_bytes,
     )
 
 
@@ -497,11 +500,11 @@ def _nobody(text: str) -> None:
     return None
 
 
-def missing_inputs() -> InputError:
+def missing_inputs(verb: str = "embed") -> InputError:
     """No input was named."""
     return InputError(
         "a job without inputs",
         found="no INPUT",
         allowed="files, folders, quoted globs, - or URLs",
-        do="name at least one, for example: fanfold embed docs.jsonl -o out/",
+        do=f"name at least one, for example: fanfold {verb} docs.jsonl -o out/",
     )

@@ -223,7 +223,7 @@ def _compare(
                 for batch in batches_of(reader.get_batch(piece), piece):
                     places = [*zip(batch.offsets, batch.parts or repeat(None), strict=False)]
                     real = {i for i, place in enumerate(places) if place not in failed}
-                    result = compute_rows(loaded, batch, real)[work.task.columns[0].name]
+                    result = compute_rows(loaded, batch, real)[0][work.task.columns[0].name]
                     values.update((places[i], result[i]) for i in real)
                     tokens.update((places[i], len(batch.ids[i])) for i in real)
                     batches += 1

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import InputError, PlanError, cause_line
 from fanfold.tasks.guide import Guides
 from fanfold.tasks.prompts import BadRow, checked_limit
+from fanfold.tasks.task import Prepared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import numpy as np
+
     from fanfold.tasks.decode import Completion
     from fanfold.tasks.generate import Generate
+    from fanfold.tasks.task import Row
 
 _CHECK_TOLERANCE = 1e-3  # of logits, as a share of their spread
 
@@ -114,6 +119,32 @@ class GenerateOnUnit:
             )
         return self._tokenizer
 
+    def prepare(self, texts: Sequence[str]) -> Prepared:
+        """Rows as JSON objects -> prompts as token ids."""
+        import numpy as np
+
+        ids: list[np.ndarray] = []
+        extras, costs, truncated = [], [], []
+        failed: dict[int, tuple[str, str]] = {}
+        for place, text in enumerate(texts):
+            try:
+                asked = self.ask(json.loads(text))
+            except BadRow as error:
+                failed[place] = (error.error, str(error))
+                asked = Asked(ids=[], limit=1)
+            ids.append(np.asarray(asked.ids, dtype=np.int32))
+            extras.append(str(asked.limit))
+            costs.append(len(asked.ids) + asked.limit)
+            if asked.truncated:
+                truncated.append(place)
+        return Prepared(ids=ids, truncated=truncated, failed=failed, extras=extras, costs=costs)
+
+    def filler(self) -> np.ndarray:
+        """One harmless token."""
+        import numpy as np
+
+        return np.asarray([min(5, self._vocabulary - 1)], dtype=np.int32)
+
     # -- the model --------------------------------------------------------------------------------------
 
     def load(self) -> None:
@@ -177,6 +208,24 @@ class GenerateOnUnit:
             model.set_attn_implementation(ATTENTION)
             return Decoder(model, kv_tokens=task.kv_tokens, **settings)
         return Alone(model, **settings)
+
+    def compute(self, ids: Sequence[np.ndarray], length: int) -> dict[str, Any]:
+        raise NotImplementedError("pieces are computed as a whole")
+
+    def compute_piece(
+        self, rows: Sequence[Row], beat: Callable[[int], None]
+    ) -> tuple[dict[str, Any], dict[int, tuple[str, str]]]:
+        """A piece of prompts -> the result columns, and rows that failed: place -> (error, message)."""
+        asked = [Asked(ids=row.ids.tolist(), limit=int(row.extra)) for row in rows]
+        fillers = frozenset(place for place, row in enumerate(rows) if row.filler)
+        found = self.complete(asked, [row.number for row in rows], fillers, beat)
+        values = [self._values(one.ids, completion) for one, completion in zip(asked, found, strict=True)]
+        failed = {
+            place: ("IncompleteJson", f"{one.limit} tokens hold no whole JSON that the schema allows")
+            for place, (one, completion) in enumerate(zip(asked, found, strict=True))
+            if not completion.complete
+        }
+        return {column.name: [value[column.name] for value in values] for column in self.task.columns}, failed
 
     def complete(
         self,

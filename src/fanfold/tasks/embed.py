@@ -51,6 +51,18 @@ class Embed:
         return (Column(name="embedding", kind="vector", width=self.head.width),)
 
     @property
+    def inputs(self) -> tuple[str, ...] | None:
+        return None
+
+    @property
+    def unit_bytes(self) -> int:
+        return 0
+
+    @property
+    def piece_cost(self) -> int | None:
+        return None
+
+    @property
     def imports(self) -> tuple[str, ...]:
         folder = self.checkpoint.model_type.replace("-", "_")
         return (
@@ -446,6 +458,9 @@ class EmbedOnUnit:
                 do="report this with the model's name",
             )
         return {"embedding": embedding}
+
+    def compute_piece(self, rows: Any, beat: Any) -> Any:
+        raise NotImplementedError("texts are embedded in batches")
 
     def _pool(self, hidden_BLH: Any, mask_BL: Any) -> Any:
         """[B, L, H], [B, L] -> [B, D]. The prompt's tokens are left out where the checkpoint says so."""

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from fanfold.tasks.completer import GenerateOnUnit
 
 NEW_TOKENS = 256
+PIECE_TOKENS = 16_384  # of prompts and answers: about a minute of a GPT-2 on one core
 KV_BYTES = 1_500_000_000  # keys and values of all sequences of a unit
+STEP_BYTES = 300_000_000  # what a unit holds beside them: a worker's own memory, and a step's
 _MOST_KV_TOKENS = 65_536
 _HEADS = {
     "ForCausalLM": "generate",
@@ -62,10 +64,36 @@ class Generate:
         )
 
     @property
-    def inputs(self) -> tuple[str, ...]:
+    def inputs(self) -> tuple[str, ...] | None:
         """The input's columns that a row is made of."""
         limit = () if self.limit_column is None else (self.limit_column,)
         return tuple(dict.fromkeys((*self.prompting.columns, *limit)))
+
+    @property
+    def piece_cost(self) -> int | None:
+        return PIECE_TOKENS
+
+    @property
+    def unit_bytes(self) -> int:
+        return self.kv_tokens * self.kv_token_bytes
+
+    @property
+    def chunking(self) -> None:
+        return None
+
+    def merge_parts(self, values: dict[str, Any], tokens: Any) -> dict[str, Any]:
+        raise NotImplementedError("prompts are not cut into parts")
+
+    def compiled_for(self, numerics: Numerics) -> bool:
+        return False
+
+    def compile(self, numerics: Numerics) -> None:
+        raise PlanError(
+            "--compile on with fanfold generate",
+            found="steps of ever other shapes over a cache",
+            allowed="--compile on with fanfold embed",
+            do="leave --compile away",
+        )
 
     @property
     def imports(self) -> tuple[str, ...]:
@@ -158,6 +186,7 @@ def make_generate(
     json_schema: Any = None,
     revision: str | None = None,
     dtype: Dtype = "float32",
+    memory_bytes: int | None = None,
 ) -> Generate:
     """The task for a checkpoint, everything checked that can be checked without torch."""
     sampling = Sampling(
@@ -207,6 +236,7 @@ def make_generate(
             extras.need(module, extra="torch", purpose=f"generating with {checkpoint.shown}")
     context = _context(checkpoint.config)
     token_bytes = _kv_token_bytes(checkpoint.config, dtype)
+    kv_bytes = KV_BYTES if memory_bytes is None else min(KV_BYTES, max(0, memory_bytes - STEP_BYTES))
     return Generate(
         checkpoint=checkpoint,
         prompting=prompting,
@@ -217,7 +247,7 @@ def make_generate(
         full_text=full_text,
         schema=schema,
         context=context,
-        kv_tokens=max(1, min(_MOST_KV_TOKENS, KV_BYTES // token_bytes)),
+        kv_tokens=max(1, min(_MOST_KV_TOKENS, kv_bytes // token_bytes)),
         kv_token_bytes=token_bytes,
         dtype=dtype,
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
 
@@ -32,12 +32,26 @@ class Column:
 class Prepared:
     """Texts as token ids. ids: int32 arrays, one a text or as many as `parts` says for each text.
 
-    truncated: which texts lost tokens to the length limit.
+    truncated: which texts lost tokens to the length limit. failed: texts that cannot be computed -> (error,
+    message); their ids are not looked at. extras: what else `compute` must know of each text; costs: what it costs
+    up to a factor, where that is not its length.
     """
 
     ids: list[np.ndarray]
     truncated: list[int]
     parts: list[int] | None = None
+    failed: dict[int, tuple[str, str]] = field(default_factory=dict)
+    extras: list[str] | None = None
+    costs: list[int] | None = None
+
+
+class Row(NamedTuple):
+    """A row of a piece that is computed as a whole. `number`: its position in the input, from 0."""
+
+    ids: np.ndarray
+    extra: str
+    number: int
+    filler: bool  # its result is not wanted; it must cost what the row would have cost
 
 
 class Opened(Protocol):
@@ -54,6 +68,14 @@ class Opened(Protocol):
 
     def compute(self, ids: Sequence[np.ndarray], length: int) -> dict[str, Any]:
         """One batch padded to `length` -> one array [rows, ...] for each result column."""
+
+    def compute_piece(
+        self, rows: Sequence[Row], beat: Callable[[int], None]
+    ) -> tuple[dict[str, Any], dict[int, tuple[str, str]]]:
+        """For tasks with `piece_cost`: a piece -> its result columns, and rows that failed: place -> (error, message).
+
+        `beat` is told of tokens computed, often; what it raises ends the piece.
+        """
 
 
 class Task(Protocol):
@@ -98,6 +120,18 @@ class Task(Protocol):
     @property
     def chunking(self) -> Chunking | None:
         """How texts are cut into parts; None: each is one row."""
+
+    @property
+    def inputs(self) -> tuple[str, ...] | None:
+        """The columns that `prepare` gets as JSON objects; None: one column of texts, which the request names."""
+
+    @property
+    def unit_bytes(self) -> int:
+        """What every unit holds beside weights and batches: a cache, for example."""
+
+    @property
+    def piece_cost(self) -> int | None:
+        """What a piece should cost, where pieces are computed as a whole; None: pieces are batches, padded."""
 
     @property
     def shown(self) -> dict[str, str]:

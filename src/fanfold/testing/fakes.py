@@ -44,6 +44,9 @@ class FakeTask:
     flops_per_token: float = 0.0
     dtype: Dtype = "float32"
     version: int = 1
+    inputs: tuple[str, ...] | None = None
+    unit_bytes: int = 0
+    piece_cost: int | None = None
     chunking: Chunking | None = None
 
     @property
@@ -126,6 +129,9 @@ class FakeOnUnit:
             seed = np.frombuffer((digest * (self.task.width // 8 + 1))[: self.task.width * 4], dtype=np.uint32)
             vectors[row] = seed.astype(np.float64) / 2**32
         return {"embedding": vectors}
+
+    def compute_piece(self, rows: Any, beat: Any) -> Any:
+        raise NotImplementedError("the fake computes batches")
 
     def _cause(self, fault: str) -> None:
         if fault.startswith("once:"):
