@@ -242,6 +242,20 @@ def test_embed_of_wide_rows_sends_batches_of_bounded_size(session):
     assert len(sent) == 4
 
 
+def test_rows_that_crash_or_hang_their_process_are_null_with_the_reason(session, monkeypatch):
+    """A model that dies of two rows, in place of the real one; everything else is the way of every DataFrame."""
+    task = FakeTask(faults={"row 7": "segfault", "row 33": "hang", "row 60": "raise"})
+    monkeypatch.setattr("fanfold.tasks.embed.make_embed", lambda **_: task)
+    df = session.range(100).selectExpr("id", "concat('row ', id) as text").coalesce(1)
+    found = fanfold.spark.embed(df, timeout_batch="1.5s").toArrow()
+    assert found.column("id").to_pylist() == list(range(100))
+    errors = dict(enumerate(found.column("error").to_pylist()))
+    bad = {i: error.partition(":")[0] for i, error in errors.items() if error is not None}
+    assert bad == {7: "Segfault", 33: "Hang", 60: "ValueError"}
+    widths = [vector and len(vector) for vector in found.column("embedding").to_pylist()]
+    assert [i for i, width in enumerate(widths) if width is None] == [7, 33, 60]
+
+
 def test_rows_that_are_all_bad_do_not_fail_the_stage(session):
     df = session.createDataFrame([(None,), (None,)], "text string")
     found = fanfold.spark.embed(df, output="v", error="why").collect()

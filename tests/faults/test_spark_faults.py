@@ -7,6 +7,7 @@ import json
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,9 @@ from dataclasses import replace
 import psutil
 import pytest
 
+from fanfold.engine import spark_java
 from fanfold.engine.spark import Spark
+from fanfold.errors import PlanError
 from fanfold.events import Batch, Note, UnitDied
 from fanfold.job import engines
 from fanfold.job.request import Request
@@ -335,3 +338,26 @@ def test_with_speculation_a_task_and_its_twin_are_one_commit(tmp_path, whole, st
     entries = [json.loads(line[9:]) for line in (tmp_path / "out" / "commits.log").read_bytes().splitlines()]
     num_batches = sum(len(entry["costs"]) for entry in entries if entry["kind"] == "window")
     assert (tmp_path / "calls").stat().st_size > num_batches, "no task had a twin"
+
+
+def test_a_port_that_takes_connections_and_is_no_master_is_refused_in_time(monkeypatch):
+    engines.shutdown()
+    assert spark_java.REGISTER_S <= 25, "a master that cannot be reached is told within 30 s"
+    monkeypatch.setattr(spark_java, "REGISTER_S", 3.0)
+    before = {child.pid for child in of_spark(psutil.Process())}
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        port = mute.getsockname()[1]
+        with pytest.raises(PlanError) as caught:
+            Spark(f"spark://127.0.0.1:{port}")
+    assert "Spark did not start: no answer within" in caught.value.found
+    assert "is it a Spark master" in caught.value.do
+    assert {child.pid for child in of_spark(psutil.Process())} <= before
+
+
+def test_a_master_without_executors_is_told(monkeypatch, standalone):
+    monkeypatch.setattr("fanfold.engine.spark.EXECUTORS_S", 4.0)
+    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+    with pytest.raises(PlanError) as caught:
+        Spark(standalone, conf={"spark.executor.memory": "900g"})
+    assert caught.value.found == "no executor has come within 4 s"
+    assert "workers, with free cores and memory" in caught.value.do

@@ -150,6 +150,15 @@ def test_a_name_that_nobody_knows_is_refused(java):
     assert "no-such-host.invalid:7077" in start("spark://no-such-host.invalid:7077").found
 
 
+def test_a_port_that_cannot_be_is_refused(java):
+    assert "127.0.0.1:99999: " in start("spark://127.0.0.1:99999").found
+
+
+@pytest.mark.parametrize("master", ["spark://host", "spark://:7077", "spark://a:7077,b"])
+def test_a_master_without_its_port_is_refused(java, master):
+    assert "7077" in start(master).do
+
+
 def test_yarn_without_its_configuration_is_refused(monkeypatch, java):
     monkeypatch.delenv("HADOOP_CONF_DIR", raising=False)
     monkeypatch.delenv("YARN_CONF_DIR", raising=False)

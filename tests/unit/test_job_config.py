@@ -164,11 +164,11 @@ def ran(monkeypatch):
     """What the job would be called with."""
     calls = []
 
-    def embed_files(inputs, out, **values):
-        calls.append({"inputs": inputs, "out": out, **values})
+    def run_files(verb, inputs, out, **values):
+        calls.append({"verb": verb, "inputs": inputs, "out": out, **values})
         raise RequestError("the job", found="a test", allowed="no job", do="nothing")
 
-    monkeypatch.setattr("fanfold.job.embed.embed_files", embed_files)
+    monkeypatch.setattr("fanfold.job.verbs.run_files", run_files)
     return calls
 
 

@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from fanfold.data.failures import Problem, RowProblem, column_list, inert, place, usable_id
 from fanfold.data.kept import Column, compact, encodable, infer, keep_typed, unknown_column, words_for
+from fanfold.data.reading import columns_of
 from fanfold.data.records import Decoded, Record, too_long
-from fanfold.data.source import RECORD_COLUMN, Form, InputFile, columns_of
+from fanfold.data.source import RECORD_COLUMN, Form, InputFile
 from fanfold.data.text import bad_utf8
 from fanfold.errors import InputError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from fanfold.data.lines import Rules
+    from fanfold.data.reading import Reading
 
 INFERRED_RECORDS = 4096
 INFERRED_BYTES = 64 << 20
@@ -72,7 +74,8 @@ def parse(data: bytes) -> tuple[str, dict[str, Any]]:
 class JsonlDecoder:
     """Texts and kept columns of JSON objects; `columns` None in form `json` with everything kept."""
 
-    column: str | tuple[str, ...]
+    reads: tuple[str, ...]
+    composes: bool  # a text is the JSON object of what `reads` names; else it is the one column's value
     id_column: str | None
     form: Form
     columns: tuple[Column, ...] | None
@@ -121,35 +124,28 @@ class JsonlDecoder:
         return Decoded(texts, kept, problems, ids)
 
     def _text(self, record: dict[str, Any]) -> str:
-        if isinstance(self.column, tuple):
-            return compact({name: record[name] for name in self.column})
-        text: str = record[self.column]
+        if self.composes:
+            return compact({name: record[name] for name in self.reads if name in record})
+        text: str = record[self.reads[0]]
         return text
 
     def _text_problem(self, record: dict[str, Any], has_escapes: bool) -> Problem | None:
-        if isinstance(self.column, tuple):
-            return self._columns_problem(record, self.column, has_escapes)
-        text = record.get(self.column)
-        shown = f"column '{inert(self.column)}'"
+        column = self.reads[0]
+        if self.composes:
+            if has_escapes and not encodable(self._text(record)):
+                return Problem("BadText", "a column that is read holds half of a surrogate pair, which is not text")
+            return None
+        text = record.get(column)
+        shown = f"column '{inert(column)}'"
         if isinstance(text, str):
             if has_escapes and not encodable(text):
                 return Problem("BadText", f"{shown} holds half of a surrogate pair, which is not text")
             return None
         if text is not None:
             return Problem("NotText", f"{shown} holds {words_for(text)}, not a string")
-        if self.column in record:
+        if column in record:
             return Problem("NullText", f"{shown} is null")
         return Problem("MissingColumn", f"no {shown}; the record has {column_list(list(record), most=8)}")
-
-    def _columns_problem(self, record: dict[str, Any], names: tuple[str, ...], has_escapes: bool) -> Problem | None:
-        for name in names:
-            if name not in record:
-                there = column_list(list(record), most=8)
-                return Problem("MissingColumn", f"no column '{inert(name)}'; the record has {there}")
-        if has_escapes and not encodable(self._text(record)):
-            shown = ", ".join(map(inert, names))
-            return Problem("BadText", f"column(s) {shown}: half of a surrogate pair, which is not text")
-        return None
 
     def _clash(self, record: dict[str, Any]) -> Problem:
         clash = ", ".join(sorted(self.reserved & record.keys()))
@@ -186,7 +182,7 @@ def jsonl_decoder(
     heads: Iterable[Record],
     files: Sequence[InputFile],
     *,
-    column: str | tuple[str, ...],
+    column: Reading,
     id_column: str | None,
     keep: str | tuple[str, ...],
     form: Form,
@@ -197,6 +193,7 @@ def jsonl_decoder(
     Raises: InputError where the first record lacks the text column or no record has a named one.
     """
     names = (*((id_column,) if id_column else ()), *(keep if isinstance(keep, tuple) else ()))
+    reads = columns_of(column, ())
     only_first = not names and (form == "json" or keep == "none")
     records: list[dict[str, Any]] = []
     num_bytes = 0
@@ -207,9 +204,11 @@ def jsonl_decoder(
         except RowProblem:
             record = None
         if record is not None:
-            missing = [name for name in columns_of(column) if name not in record]
-            if not records and missing:
-                raise _no_column(missing[0], place(files[head.file].path, head.line), list(record))
+            if not records:
+                reads = columns_of(column, record)
+                for name in reads:
+                    if name not in record:
+                        raise _no_column(name, place(files[head.file].path, head.line), list(record))
             records.append(record)
         if num_bytes >= INFERRED_BYTES or len(records) >= (1 if only_first else INFERRED_RECORDS):
             break
@@ -224,7 +223,8 @@ def jsonl_decoder(
         columns = tuple(inferred[name] for name in keep if name in inferred)
     refuses_unknown = keep == "all" and form == "typed"
     return JsonlDecoder(
-        column=column,
+        reads=reads,
+        composes=not isinstance(column, str),
         id_column=id_column,
         form=form,
         columns=columns,

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from fanfold.data.reading import Reading
     from fanfold.data.source import Form, InputFile, Source
 
 
 def open_source(
     inputs: Sequence[str],
     *,
-    column: str | tuple[str, ...] = "text",
+    column: Reading = "text",
     id_column: str | None = None,
     keep: Literal["all", "none"] | Sequence[str] = "all",
     form: Form = "typed",
@@ -39,7 +40,6 @@ def open_source(
 ) -> Source:
     """The rows of all inputs as one source, its schema fixed, its columns checked.
 
-    `column` holds the text; several are handed on as one JSON object, whatever their types.
     `spool` is the folder for windows of compressed or streamed inputs; `limit` takes the first rows only;
     `stdin` stands in for standard input; `reserved` are names that a kept column must not have.
     Raises: InputError, RequestError.

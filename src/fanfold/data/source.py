@@ -20,11 +20,6 @@ Form = Literal["typed", "json"]
 RECORD_COLUMN = "{record}"  # no column of an input or a result is called so
 
 
-def columns_of(column: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The names, of one column or several."""
-    return (column,) if isinstance(column, str) else column
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputFile:
     """One input as listed before work: path or URL, size and time of last change."""
@@ -76,8 +71,7 @@ class RowFailure:
 class Chunk:
     """Consecutive rows of a window: the texts, the kept columns, and the rows that failed.
 
-    `texts[i]` is None exactly where row i stands in `failures`; `kept` then holds nulls for that row. Where the
-    source was opened with several columns, a text is a JSON object of their values.
+    `texts[i]` is None exactly where row i stands in `failures`; `kept` then holds nulls for that row.
     """
 
     offset: int

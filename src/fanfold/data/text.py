@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from fanfold.data.failures import RowProblem
 from fanfold.data.kept import batch_of, compact
+from fanfold.data.reading import columns_of
 from fanfold.data.records import Decoded, too_long
-from fanfold.data.source import RECORD_COLUMN, Form, columns_of
+from fanfold.data.source import RECORD_COLUMN, Form
 from fanfold.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from fanfold.data.failures import Problem
     from fanfold.data.lines import Rules
+    from fanfold.data.reading import Reading
 
 TEXT_COLUMN = "text"
 
@@ -27,8 +29,8 @@ class TextDecoder:
     """A line without its line end is the text; invalid UTF-8 is BadUtf8."""
 
     form: Form
+    composes: bool  # a text is a JSON object with the column text; else the line
     keeps: bool  # whether the one column there is, text, is kept
-    as_object: bool = False  # the text in a JSON object
 
     @property
     def rules(self) -> Rules:
@@ -56,9 +58,9 @@ class TextDecoder:
         kept = texts
         if self.form == "json":
             kept = [None if t is None else compact({TEXT_COLUMN: t} if self.keeps else {}) for t in texts]
+        if self.composes:
+            texts = [None if t is None else compact({TEXT_COLUMN: t}) for t in texts]
         schema = self.schema
-        if self.as_object:
-            texts = [None if text is None else compact({TEXT_COLUMN: text}) for text in texts]
         arrays = [pa.array(kept, pa.string())] if len(schema) else []
         return Decoded(texts, batch_of(arrays, schema, len(texts)), problems)
 
@@ -77,11 +79,13 @@ def bad_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8: byte {error.start} of the record is 0x{found:02x} ({error.reason})"
 
 
-def text_decoder(
-    *, column: str | tuple[str, ...], id_column: str | None, keep: str | tuple[str, ...], form: Form
-) -> TextDecoder:
+def text_decoder(*, column: Reading, id_column: str | None, keep: str | tuple[str, ...], form: Form) -> TextDecoder:
     """Raises InputError where a column other than `text` is asked for."""
-    wanted = [*columns_of(column), *([id_column] if id_column else []), *(keep if isinstance(keep, tuple) else ())]
+    wanted = [
+        *columns_of(column, (TEXT_COLUMN,)),
+        *([id_column] if id_column else []),
+        *(keep if isinstance(keep, tuple) else ()),
+    ]
     for name in wanted:
         if name != TEXT_COLUMN:
             raise InputError(
@@ -90,5 +94,4 @@ def text_decoder(
                 allowed="text",
                 do="leave the column out, or convert the input to JSONL, CSV or Parquet",
             )
-    as_object = not isinstance(column, str)
-    return TextDecoder(form=form, keeps=keep == "all" or TEXT_COLUMN in keep, as_object=as_object)
+    return TextDecoder(form=form, composes=not isinstance(column, str), keeps=keep == "all" or TEXT_COLUMN in keep)

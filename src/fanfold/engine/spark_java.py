@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 LEAST_JAVA = 17
 REACH_S = 5.0  # for a connection to a master's port
 START_S = 120.0  # for the Java side, once the master's port has answered
+REGISTER_S = 20.0  # for a standalone master to take the application, once Java runs; Spark alone tries for 60 s
 _CLOSE_S = 20.0
 _MOST_SOCKET_FOLDER = 60  # the name of a socket has 107 bytes, Spark adds 42
 _LOCAL = re.compile(r"local(\[.*\])?|local-cluster\[.*\]")
@@ -45,6 +47,7 @@ class JavaSide:
             )
         self.context: Any = None
         self._gateway: Any = None
+        self._java_since_s = 0.0  # until it runs
         folder = stack.enter_context(scratch_folder())
         self._log = folder / "java.log"
         settings = {**settings_for(master, imports=imports, threads=threads, folder=folder), **conf}
@@ -59,10 +62,19 @@ class JavaSide:
                 errors.append(error)
             done.set()
 
+        begun_s = time.monotonic()
         threading.Thread(target=start, name="fanfold-spark", daemon=True).start()
-        if not done.wait(START_S) or errors:
+        while not done.wait(0.1):
+            now_s = time.monotonic()
+            late = now_s - begun_s > START_S
+            if master.startswith("spark://") and self._java_since_s:
+                late = late or now_s - self._java_since_s > REGISTER_S
+            if late:
+                break
+        if not done.is_set() or errors:
+            waited_s = time.monotonic() - begun_s
             words = self._last_words()
-            found = f"no answer within {START_S:.0f} s" if not errors else cause_line(errors[0])
+            found = f"no answer within {waited_s:.0f} s" if not errors else cause_line(errors[0])
             raise PlanError(
                 f"--on {master}",
                 found=f"Spark did not start: {found}" + (f"; its last words:\n{words}" if words else ""),
@@ -85,6 +97,7 @@ class JavaSide:
         with self._log.open("wb") as log, _environment(variables):
             if SparkContext._gateway is None:  # else the caller had a context before: its Java process is used
                 self._gateway = launch_gateway(conf, popen_kwargs={"stdout": log, "stderr": log})
+            self._java_since_s = time.monotonic()
             self.context = SparkContext(conf=conf, gateway=self._gateway)
 
     def _last_words(self) -> str:
@@ -215,7 +228,7 @@ def reach(master: str, timeout_s: float = REACH_S) -> None:
     for host, port in addresses:
         try:
             socket.create_connection((host, port), timeout=timeout_s).close()
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             tried.append(f"{host}:{port}: {error}")
         else:
             return
@@ -238,6 +251,13 @@ def reach(master: str, timeout_s: float = REACH_S) -> None:
 def _addresses(master: str) -> list[tuple[str, int]]:
     if master.startswith("spark://"):
         parts = [part.rpartition(":") for part in master.removeprefix("spark://").split(",")]
+        if not all(host and port.isdecimal() for host, _, port in parts):
+            raise PlanError(
+                f"--on {master}",
+                found="a master without its port",
+                allowed="spark://HOST:PORT, or spark://HOST:PORT,HOST:PORT for several",
+                do="add the port; a standalone master listens on 7077 unless told otherwise",
+            )
         return [(host, int(port)) for host, _, port in parts]
     if master.startswith("k8s://"):
         from urllib.parse import urlsplit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fanfold.errors import RequestError
 from fanfold.job.request import names_of
@@ -13,12 +13,10 @@ from fanfold.job.request import names_of
 if TYPE_CHECKING:
     from fanfold.job.run import Run
 
-Flags = TypeVar("Flags", bound="JobFlags")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JobFlags:
-    """The flags that every verb has, by name."""
+class Flags:
+    """The flags that all verbs share, by name."""
 
     inputs: tuple[str, ...] = ()
     out: str | None = None
@@ -35,15 +33,18 @@ class JobFlags:
     memory_per_unit: str | None = None
     timeout_batch: str | None = None
     too_long: str = "truncate"
+    compile: str = "off"
     limit: int | None = None
     overwrite: bool = False
     allow_append: bool = False
     retry_failed: bool = False
     dry_run: bool = False
 
+    verb: ClassVar[str] = ""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EmbedFlags(JobFlags):
+class EmbedFlags(Flags):
     """The flags of `fanfold embed`."""
 
     prefix_text: str | None = None
@@ -52,17 +53,18 @@ class EmbedFlags(JobFlags):
     chunk: int | None = None
     overlap: int | None = None
     merge: str | None = None
-    compile: str = "off"
+
+    verb: ClassVar[str] = "embed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateFlags(JobFlags):
+class GenerateFlags(Flags):
     """The flags of `fanfold generate`."""
 
     prompt: str | None = None
     chat: bool = False
     system: str | None = None
-    max_new_tokens: int | str | None = None
+    max_new_tokens: str | None = None
     stop: tuple[str, ...] = ()
     temperature: float | None = None
     top_p: float | None = None
@@ -72,16 +74,16 @@ class GenerateFlags(JobFlags):
     seed: int = 0
     full_text: bool = False
     json_schema: str | None = None
+    kv_memory: str | None = None
+
+    verb: ClassVar[str] = "generate"
 
 
-_VERBS: dict[str, tuple[type[JobFlags], str, str]] = {
-    "embed": (EmbedFlags, "fanfold.job.embed", "embed_files"),
-    "generate": (GenerateFlags, "fanfold.job.generate", "generate_files"),
-}
+FLAGS: dict[str, type[Flags]] = {flags.verb: flags for flags in (EmbedFlags, GenerateFlags)}
 
 
 def run_verb(
-    flags: JobFlags,
+    flags: Flags,
     *,
     config: str | None,
     quiet: bool,
@@ -91,18 +93,18 @@ def run_verb(
 ) -> Run:
     """Carry out the verb whose flags these are; `given` are those that stood on the command line."""
     from fanfold.job.show import summary_lines
+    from fanfold.job.verbs import run_files
     from fanfold.report.progress import Progress
 
     if config is not None:
         flags = with_config(flags, Path(config), given)
     if flags.out is None:
         raise RequestError(
-            f"fanfold {_verb_of(flags)}",
+            f"fanfold {flags.verb}",
             found="no -o OUT",
             allowed="a folder, or a file .parquet, .jsonl or .csv",
             do="add -o, for example: -o out/",
         )
-    files = _files_function(flags)
     values = asdict(flags)
     inputs, out = values.pop("inputs"), values.pop("out")
     values["keep"] = flags.keep
@@ -114,48 +116,31 @@ def run_verb(
             do="write the rows to a file, or leave --json away",
         )
     if out == "-":
-        return _to_stdout(files, inputs, values, quiet=quiet, color=color)
+        return _to_stdout(flags.verb, inputs, values, quiet=quiet, color=color)
     if "-" in inputs:
         values["stdin"] = sys.stdin.buffer
     display = Progress(quiet=quiet, color=color)
-    run: Run = files(inputs, out, display=display, signals=True, **values)
+    run = run_files(flags.verb, inputs, out, display=display, signals=True, **values)
     for line in summary_lines(run.summary):
         display.say(line)
     return run
 
 
-def run_file(path: str, *, quiet: bool, color: bool) -> Run:
-    """Carry out the job that a TOML file describes: task = "embed" or another verb, and its flags."""
-    task = str(_read_config(Path(path)).get("task", "embed"))
-    if task not in _VERBS:
-        raise _unknown_task(Path(path), task)
-    return run_verb(_VERBS[task][0](), config=path, quiet=quiet, color=color)
-
-
-def _verb_of(flags: JobFlags) -> str:
-    return next(verb for verb, (kind, _, _) in _VERBS.items() if type(flags) is kind)
-
-
-def _files_function(flags: JobFlags) -> Any:
-    from importlib import import_module
-
-    _, module, name = _VERBS[_verb_of(flags)]
-    return getattr(import_module(module), name)
-
-
-def _to_stdout(files: Any, inputs: tuple[str, ...], values: dict[str, Any], *, quiet: bool, color: bool) -> Run:
+def _to_stdout(verb: str, inputs: tuple[str, ...], values: dict[str, Any], *, quiet: bool, color: bool) -> Run:
     """JSONL rows in order on stdout; nothing is kept, so there is nothing to resume."""
     import shutil
 
     from fanfold.data.scratch import scratch_folder
+    from fanfold.job.verbs import run_files
     from fanfold.report.progress import Progress
 
     with scratch_folder() as folder:
         if "-" in inputs:
             values["stdin"] = sys.stdin.buffer
         out = folder / "out.jsonl"
-        display = Progress(quiet=quiet, color=color)
-        run: Run = files(inputs, out, display=display, signals=True, **{**values, "sync": False})
+        run = run_files(
+            verb, inputs, out, display=Progress(quiet=quiet, color=color), signals=True, **{**values, "sync": False}
+        )
         if out.exists():
             with out.open("rb") as rows:
                 shutil.copyfileobj(rows, sys.stdout.buffer)
@@ -163,8 +148,24 @@ def _to_stdout(files: Any, inputs: tuple[str, ...], values: dict[str, Any], *, q
         return run
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The file's keys, with underscores."""
+def run_config(path: str, *, as_json: bool, quiet: bool, color: bool) -> Run:
+    """Carry out what a job file describes; its `task` says which verb that is."""
+    task = _values(Path(path)).get("task", "embed")
+    flags = FLAGS[task]() if task in FLAGS else EmbedFlags()
+    return run_verb(flags, config=path, quiet=quiet, color=color, as_json=as_json)
+
+
+def with_config(flags: Flags, path: Path, given: frozenset[str] = frozenset()) -> Flags:
+    """The file's values where the command line said nothing."""
+    values = _values(path)
+    task = values.pop("task", flags.verb)
+    if task != flags.verb:
+        allowed = f'task = "{flags.verb}"' if task in FLAGS else f"task = one of {', '.join(FLAGS)}"
+        raise RequestError(f"--config {path}", found=f"task = {task!r}", allowed=allowed, do="correct the file")
+    return _checked(flags, values, path, given)
+
+
+def _values(path: Path) -> dict[str, Any]:
     import tomllib
 
     try:
@@ -179,18 +180,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _unknown_task(path: Path, task: object, allowed: str = "") -> RequestError:
-    allowed = allowed or " or ".join(f'task = "{verb}"' for verb in _VERBS)
-    return RequestError(f"--config {path}", found=f"task = {task!r}", allowed=allowed, do="correct the file")
-
-
-def with_config(flags: Flags, path: Path, given: frozenset[str] = frozenset()) -> Flags:
-    """The file's values where the command line said nothing."""
-    values = _read_config(path)
-    verb = _verb_of(flags)
-    task = values.pop("task", verb)
-    if task != verb:
-        raise _unknown_task(path, task, f'task = "{verb}"')
+def _checked(flags: Flags, values: dict[str, Any], path: Path, given: frozenset[str]) -> Flags:
     known = {field.name: field for field in fields(flags)}
     unknown = sorted(set(values) - set(known))
     if unknown:
@@ -209,7 +199,7 @@ def with_config(flags: Flags, path: Path, given: frozenset[str] = frozenset()) -
     for name in ("inputs", "keep", "stop"):
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
-    for name in ("max_failures", "memory_per_unit", "timeout_batch"):
+    for name in ("max_failures", "memory_per_unit", "timeout_batch", "max_new_tokens", "kv_memory"):
         if isinstance(values.get(name), int | float) and not isinstance(values[name], bool):
             values[name] = str(values[name])
     said = {

@@ -22,10 +22,10 @@ from fanfold.errors import DataError, FanfoldError, InternalError, OutOfMemory, 
 from fanfold.job.prepare import ensure_prepared
 from fanfold.job.work import JobWork, LeaseDetail, LeaseDone, Trial, TrialDone, items_name, unique
 from fanfold.split.bisect import Bisection
-from fanfold.tasks.task import Row
+from fanfold.tasks.task import BadRows, ModelBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from fanfold.data.store import Store
     from fanfold.engine.engine import Desk
@@ -40,6 +40,8 @@ def arrow_type(column: Column) -> pa.DataType:
     """The Arrow type of a result column."""
     if column.kind == "vector":
         return pa.list_(pa.float32(), column.width)
+    if column.kind == "records":
+        return pa.list_(pa.struct([(part.name, arrow_type(part)) for part in column.fields]))
     return {"text": pa.string(), "float": pa.float64(), "integer": pa.int64()}[column.kind]
 
 
@@ -58,6 +60,10 @@ def result_schema(task: Task) -> pa.Schema:
     return pa.schema([*fields, *((column.name, arrow_type(column)) for column in task.columns)])
 
 
+class StoppedEarly(BaseException):
+    """A stop was requested while a long batch was under way: no error of its rows."""
+
+
 @dataclass(frozen=True, slots=True)
 class BatchItems:
     """One batch as it was prepared: its rows' offsets, token ids, and the length they are padded to."""
@@ -68,25 +74,17 @@ class BatchItems:
     piece: int
     names: list[str | None] = field(default_factory=list)  # the id column as JSON, where one was named
     parts: list[int] | None = None  # of each row's text
-    extras: list[str] | None = None  # of each row, where the piece is computed as a whole
-    first_row: int = 0  # of the window: offsets count from it
-    beat: Callable[[int], None] = lambda tokens: None
+    more: list[tuple[int, ...]] = field(default_factory=list)  # what the task has beside the ids
 
 
-class _StoppedEarly(BaseException):
-    """A stop was requested while a piece was under way: no error of the rows."""
-
-
-def batches_of(
-    items: pa.RecordBatch, piece: int, first_row: int = 0, beat: Callable[[int], None] = lambda tokens: None
-) -> Iterator[BatchItems]:
-    """The batches of the piece; `first_row` is the window's, `beat` is told of a long batch's progress."""
+def batches_of(items: pa.RecordBatch, piece: int) -> Iterator[BatchItems]:
+    """The batches of the piece."""
     batch = items.column("batch").to_numpy()
     lengths = items.column("length").to_numpy()
     offsets = items.column("offset").to_pylist()
     names = items.column("id").to_pylist()
     parts = items.column("part").to_pylist() if "part" in items.schema.names else None
-    extras = items.column("extra").to_pylist() if "extra" in items.schema.names else None
+    more = items.column("more").to_pylist() if "more" in items.schema.names else None
     column = items.column("ids")
     ends = column.offsets.to_numpy()
     flat = column.values.to_numpy()
@@ -94,17 +92,8 @@ def batches_of(
     for start, stop in pairwise(borders):
         ids = [flat[ends[row] : ends[row + 1]] for row in range(start, stop)]
         of_batch = None if parts is None else parts[start:stop]
-        yield BatchItems(
-            offsets[start:stop],
-            ids,
-            int(lengths[start]),
-            piece,
-            names[start:stop],
-            of_batch,
-            None if extras is None else extras[start:stop],
-            first_row,
-            beat,
-        )
+        beside = [] if more is None else [tuple(numbers) for numbers in more[start:stop]]
+        yield BatchItems(offsets[start:stop], ids, int(lengths[start]), piece, names[start:stop], of_batch, beside)
 
 
 def compute_lease(
@@ -120,10 +109,10 @@ def compute_lease(
     last = lease.first - 1
     start_s = time.monotonic()
 
-    def beat(tokens: int) -> None:
-        desk.beat(0, tokens)
+    def alive() -> None:
+        desk.beat(0, 0)
         if desk.stopping():
-            raise _StoppedEarly
+            raise StoppedEarly
 
     with (
         desk.timed("compute", f"window {lease.window} pieces {lease.first}-{lease.last}"),
@@ -134,19 +123,20 @@ def compute_lease(
         for piece in range(lease.first, lease.last + 1):
             items = reader.get_batch(piece)
             results = []
+            failures_before = len(failures)
             try:
-                for number, batch in enumerate(batches_of(items, piece, detail.window.first_row, beat)):
+                for number, batch in enumerate(batches_of(items, piece)):
                     desk.at(piece, number)
                     left_out = detail.left_out.get((piece, number), {})
-                    result, failed = compute_batch(opened, batch, left_out)
+                    result, failed = compute_batch(opened, batch, left_out, alive)
                     results.append(result)
                     failures += failed
-                    rows += len(batch.ids)
-                    tokens += sum(map(len, batch.ids))
-                    padded = sum(map(len, batch.ids)) if batch.extras else len(batch.ids) * batch.length
-                    padded_tokens += padded
-                    desk.beat(len(batch.ids), 0 if batch.extras else padded)
-            except _StoppedEarly:
+                    num_tokens = sum(map(len, batch.ids))
+                    padded = num_tokens if work.numerics.order == "dealt" else len(batch.ids) * batch.length
+                    rows, tokens, padded_tokens = rows + len(batch.ids), tokens + num_tokens, padded_tokens + padded
+                    desk.beat(len(batch.ids), padded)
+            except StoppedEarly:
+                del failures[failures_before:]
                 break
             writer.write_batch(_record(items, results, work.task))
             last = piece
@@ -171,44 +161,42 @@ def compute_lease(
 
 
 def compute_batch(
-    opened: Opened, batch: BatchItems, left_out: dict[int, tuple[str, str]]
+    opened: Opened,
+    batch: BatchItems,
+    left_out: dict[int, tuple[str, str]],
+    alive: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], list[RowFailure]]:
     """The batch's results and its failed rows. `left_out` are rows known to be bad: place -> (error, message)."""
     failures = [_failure(batch, row, error, message) for row, (error, message) in sorted(left_out.items())]
     try:
-        result, bad = compute_rows(opened, batch, set(range(len(batch.ids))) - left_out.keys())
-        failures += [_failure(batch, row, *why) for row, why in sorted(bad.items()) if row not in left_out]
-        return result, failures
+        result, bad = compute_rows(opened, batch, set(range(len(batch.ids))) - left_out.keys(), alive)
+        return result, [*failures, *(_failure(batch, row, *cause) for row, cause in sorted(bad.items()))]
     except FanfoldError as error:
         if not isinstance(error, DataError):
             raise
         first: Exception = error
     except Exception as error:
         first = error
-    return _take_apart(opened, batch, left_out, failures, first)
+    return _take_apart(opened, batch, left_out, failures, first, alive)
 
 
 def compute_rows(
-    opened: Opened, batch: BatchItems, real: set[int] | tuple[int, ...]
+    opened: Opened, batch: BatchItems, real: Collection[int], alive: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, Any], dict[int, tuple[str, str]]]:
-    """The batch in its own shape, every row that is not in `real` replaced by a filler; and rows that failed alone."""
-    chosen = set(real)
-    if batch.extras is not None:
-        filler = opened.filler()
-        rows = [
-            Row(
-                ids if row in chosen else np.resize(filler, len(ids)),
-                extra,
-                batch.first_row + offset,
-                row not in chosen,
-            )
-            for row, (ids, extra, offset) in enumerate(zip(batch.ids, batch.extras, batch.offsets, strict=True))
-        ]
-        return opened.compute_piece(rows, batch.beat)
-    if len(chosen) == len(batch.ids):
-        return opened.compute(batch.ids, batch.length), {}
-    filler = opened.filler()[: batch.length]
-    return opened.compute([ids if row in chosen else filler for row, ids in enumerate(batch.ids)], batch.length), {}
+    """The batch in its own shape, every row that is not in `real` replaced by a filler.
+
+    The results, and the rows among `real` that have none: row -> (error, message).
+    """
+    ids, left_out = batch.ids, frozenset(range(len(batch.ids))).difference(real)
+    if left_out:
+        filler = opened.filler()[: batch.length]
+        ids = [filler if row in left_out else own for row, own in enumerate(ids)]
+    try:
+        return opened.compute(
+            ModelBatch(ids=ids, length=batch.length, more=batch.more, left_out=left_out, alive=alive)
+        ), {}
+    except BadRows as bad:
+        return bad.results, {row: cause for row, cause in bad.failures.items() if row not in left_out}
 
 
 def _take_apart(
@@ -217,23 +205,25 @@ def _take_apart(
     left_out: dict[int, tuple[str, str]],
     failures: list[RowFailure],
     first: Exception,
+    alive: Callable[[], None],
 ) -> tuple[dict[str, Any], list[RowFailure]]:
     """Find the culprits among the rows that are not left out already, and the results of all others."""
     places = [row for row in range(len(batch.ids)) if row not in left_out]
     bisection = Bisection(len(places))
     merged: dict[str, Any] = {}
     errors: dict[int, Exception] = {}
+    without: dict[int, tuple[str, str]] = {}
     while (tried := bisection.next()) is not None:
         rows = tuple(places[i] for i in tried)
         num_bad = len(bisection.bad)
         error: Exception | None = None
         try:
-            result, alone = compute_rows(opened, batch, rows)
+            result, bad = compute_rows(opened, batch, rows, alive)
         except Exception as caught:
             error = caught
         else:
             _put(merged, result, rows)
-            failures += [_failure(batch, row, *why) for row, why in sorted(alone.items()) if row in rows]
+            without |= bad
         bisection.tell(error is None)
         if error is not None:
             first = error
@@ -244,8 +234,9 @@ def _take_apart(
                 _check_filler(opened, batch, first)
     for i, error in errors.items():
         failures.append(_failure(batch, places[i], *row_error(error)))
+    failures += [_failure(batch, row, *cause) for row, cause in sorted(without.items())]
     if not merged:  # not one row is good: the shape of the results comes from fillers alone
-        merged, _ = compute_rows(opened, batch, ())
+        merged, _ = compute_rows(opened, batch, (), alive)
     return merged, failures
 
 
@@ -311,7 +302,7 @@ def _try(opened: Opened, lease: Compute, trial: Trial, desk: Desk, store: Store)
             if number == trial.batch:
                 desk.at(lease.first, number)
                 try:
-                    compute_rows(opened, batch, trial.rows)
+                    compute_rows(opened, batch, trial.rows, lambda: desk.beat(0, 0))
                 except Exception as error:
                     return TrialDone(passed=False, cause=row_error(error))
     return TrialDone(passed=True)

@@ -37,8 +37,11 @@ ITEMS = pa.schema(
         ("id", pa.string()),  # the id column's value as JSON, null where none was named
     ]
 )
-ITEMS_WITH_EXTRAS = ITEMS.append(pa.field("extra", pa.string()))  # of pieces that are computed as a whole
-ITEMS_IN_PARTS = ITEMS.append(pa.field("part", pa.int32()))  # of texts that are cut into parts
+PART = pa.field("part", pa.int32())  # of texts that are cut into parts
+MORE = pa.field("more", pa.list_(pa.int64()))  # where the task has more than ids for a row
+
+
+TOO_LONG = ("TooLong", "the text is longer than the model's limit (--max-length)")
 
 
 class Item(NamedTuple):
@@ -49,7 +52,7 @@ class Item(NamedTuple):
     ids: np.ndarray
     name: Any  # the id column's value
     cost: int
-    extra: str | None = None
+    more: tuple[int, ...] | None = None
 
 
 class HashingFile:
@@ -106,47 +109,40 @@ def prepare_window(
             failures += chunk.failures
             rows = [(chunk.offset + i, text) for i, text in enumerate(chunk.texts) if text is not None]
             if rows:
-                prepared = opened.prepare([text for _, text in rows])
+                first = window.first_row
+                prepared = opened.prepare([text for _, text in rows], [first + offset for offset, _ in rows])
                 names = {} if chunk.ids is None else {chunk.offset + i: name for i, name in enumerate(chunk.ids)}
-                too_long: set[int] = set()
-                for i, (error, why) in sorted(prepared.failed.items()):
-                    offset = rows[i][0]
-                    failures.append(RowFailure(offset=offset, error=error, message=why, id=names.get(offset)))
+                failed = dict(prepared.failures)
                 if work.output.too_long == "quarantine":
-                    too_long = set(prepared.truncated)
-                    failures += [_too_long(rows[i][0], names.get(rows[i][0])) for i in prepared.truncated]
+                    failed |= dict.fromkeys(prepared.truncated, TOO_LONG)
                 else:
                     truncated += len(prepared.truncated)
+                for i, (error, message) in sorted(failed.items()):
+                    offset = rows[i][0]
+                    failures.append(RowFailure(offset=offset, error=error, message=message, id=names.get(offset)))
                 parts = prepared.parts or [1] * len(rows)
                 for i, ((offset, _), stop) in enumerate(zip(rows, accumulate(parts), strict=True)):
-                    if i in too_long or i in prepared.failed:
-                        continue
-                    for part, ids in enumerate(prepared.ids[stop - parts[i] : stop]):
-                        cost = prepared.costs[i] if prepared.costs else len(ids)
-                        extra = prepared.extras[i] if prepared.extras else None
-                        items.append(Item(offset, part, ids, names.get(offset), cost, extra))
+                    if i not in failed:
+                        for part, at in enumerate(range(stop - parts[i], stop)):
+                            ids = prepared.ids[at]
+                            cost = prepared.costs[at] if prepared.costs else len(ids)
+                            more = prepared.more[at] if prepared.more else None
+                            items.append(Item(offset, part, ids, names.get(offset), cost, more))
             kept.write_batch(chunk.kept)
             alive()
-    lengths = [len(item.ids) for item in items]
-    if work.task.piece_cost is not None:
-        plan = deal(range(len(items)), [item.cost for item in items], piece_cost=work.numerics.batch_tokens)
+    numerics, costs = work.numerics, [item.cost for item in items]
+    if numerics.order == "dealt":
+        plan = deal(range(len(items)), costs, piece_cost=numerics.batch_tokens)
     else:
-        plan = cut(
-            range(len(items)),
-            lengths,
-            batch_tokens=work.numerics.batch_tokens,
-            piece_batches=work.numerics.piece_batches,
-        )
+        plan = cut(range(len(items)), costs, batch_tokens=numerics.batch_tokens, piece_batches=numerics.piece_batches)
     items_tmp = f"tmp/w-{tag}"
-    schema = ITEMS if work.task.chunking is None else ITEMS_IN_PARTS
-    schema = schema if work.task.piece_cost is None else ITEMS_WITH_EXTRAS
-    items_sha256 = _write_items(store.new_file(items_tmp), plan, items, schema)
+    items_sha256 = _write_items(store.new_file(items_tmp), plan, items, in_parts=work.task.chunking is not None)
     store.place(kept_tmp, kept_name(window.index))
     store.place(items_tmp, items_name(window.index))
     return PreparedWindow(
         costs=plan.costs,
         rows=plan.rows,
-        tokens=sum(lengths),
+        tokens=sum(len(item.ids) for item in items),
         truncated=truncated,
         failures=tuple(failures),
         source_sha256=work.source.digest(window),
@@ -155,13 +151,11 @@ def prepare_window(
     )
 
 
-def _too_long(offset: int, row_id: Any) -> RowFailure:
-    return RowFailure(
-        offset=offset, error="TooLong", message="the text is longer than the model's limit (--max-length)", id=row_id
-    )
-
-
-def _write_items(path: Path, plan: Cut, items: list[Item], schema: pa.Schema) -> str:
+def _write_items(path: Path, plan: Cut, items: list[Item], *, in_parts: bool) -> str:
+    schema = ITEMS.append(PART) if in_parts else ITEMS
+    has_more = bool(items) and items[0].more is not None
+    if has_more:
+        schema = schema.append(MORE)
     with HashingFile(path) as file, pa.ipc.new_file(pa.PythonFile(file, mode="w"), schema) as writer:
         for piece in plan.pieces:
             rows = [items[slot] for slot in plan.order[piece[0].start : piece[-1].stop]]
@@ -177,10 +171,10 @@ def _write_items(path: Path, plan: Cut, items: list[Item], schema: pa.Schema) ->
                 pa.ListArray.from_arrays(pa.array(ends), pa.array(flat)),
                 pa.array(names, pa.string()),
             ]
-            if "extra" in schema.names:
-                columns.append(pa.array([row.extra for row in rows], pa.string()))
-            if "part" in schema.names:
+            if in_parts:
                 columns.append(pa.array([row.part for row in rows], pa.int32()))
+            if has_more:
+                columns.append(pa.array([row.more for row in rows], MORE.type))
             writer.write_batch(pa.record_batch(columns, schema=schema))
     return file.sha256
 

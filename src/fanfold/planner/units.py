@@ -118,6 +118,13 @@ def choose(where: Where, machine: Machine, job: Job, numerics: Numerics, cluster
 def _share(machine: Machine, job: Job, count: int) -> int:
     """What one of `count` units may hold of its own: as asked, or an equal share of what the weights leave."""
     if job.unit_memory_bytes is not None:
+        if job.unit_memory_bytes < job.unit_bytes:
+            raise PlanError(
+                f"--memory-per-unit {format_bytes(job.unit_memory_bytes)}",
+                found=f"the cache of keys and values alone takes {format_bytes(job.unit_bytes)} a unit",
+                allowed="more than the cache takes",
+                do="ask for a smaller cache with --kv-memory, or allow more memory",
+            )
         return job.unit_memory_bytes
     return max(UNIT_BYTES + job.unit_bytes, (machine.memory_bytes - job.weights_bytes) // count)
 

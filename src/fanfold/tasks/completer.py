@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import InputError, PlanError, cause_line
+from fanfold.tasks.generate import check_chat, vocabulary
 from fanfold.tasks.guide import Guides
-from fanfold.tasks.prompts import BadRow, checked_limit
-from fanfold.tasks.task import Prepared
+from fanfold.tasks.prompts import BadRow
+from fanfold.tasks.task import BadRows, Prepared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from fanfold.tasks.decode import Completion
     from fanfold.tasks.generate import Generate
-    from fanfold.tasks.task import Row
+    from fanfold.tasks.task import ModelBatch
 
 _CHECK_TOLERANCE = 1e-3  # of logits, as a share of their spread
 
@@ -50,7 +51,7 @@ class GenerateOnUnit:
         task = self.task
         tokenizer = self._open_tokenizer()
         limit = self._limit(row)
-        if task.prompting.chat:
+        if task.prompting.is_chat(row):
             ids = self._chat_ids(task.prompting.messages(row))
         else:
             ids = list(tokenizer(task.prompting.text(row), return_attention_mask=False, verbose=False)["input_ids"])
@@ -73,13 +74,10 @@ class GenerateOnUnit:
     def _limit(self, row: Mapping[str, Any]) -> int:
         task = self.task
         own = task.prompting.limit(row)
-        if own is not None:
-            return own
-        if task.limit_column is not None:
-            return checked_limit(row[task.limit_column], f"column {task.limit_column}")
-        return task.new_tokens
+        return task.new_tokens if own is None else own
 
     def _chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+        check_chat(self.task.checkpoint)
         try:
             ids = self._tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -105,8 +103,6 @@ class GenerateOnUnit:
 
     @property
     def _vocabulary(self) -> int:
-        from fanfold.tasks.generate import vocabulary
-
         return vocabulary(self.task.checkpoint.config)
 
     def _open_tokenizer(self) -> Any:
@@ -119,25 +115,26 @@ class GenerateOnUnit:
             )
         return self._tokenizer
 
-    def prepare(self, texts: Sequence[str]) -> Prepared:
+    def prepare(self, texts: Sequence[str], rows: Sequence[int]) -> Prepared:
         """Rows as JSON objects -> prompts as token ids."""
         import numpy as np
 
         ids: list[np.ndarray] = []
-        extras, costs, truncated = [], [], []
+        more: list[tuple[int, ...]] = []
+        costs, truncated = [], []
         failed: dict[int, tuple[str, str]] = {}
-        for place, text in enumerate(texts):
+        for place, (text, row) in enumerate(zip(texts, rows, strict=True)):
             try:
                 asked = self.ask(json.loads(text))
             except BadRow as error:
                 failed[place] = (error.error, str(error))
                 asked = Asked(ids=[], limit=1)
             ids.append(np.asarray(asked.ids, dtype=np.int32))
-            extras.append(str(asked.limit))
+            more.append((len(asked.ids), asked.limit, row))
             costs.append(len(asked.ids) + asked.limit)
             if asked.truncated:
                 truncated.append(place)
-        return Prepared(ids=ids, truncated=truncated, failed=failed, extras=extras, costs=costs)
+        return Prepared(ids=ids, truncated=truncated, failures=failed, more=more, costs=costs)
 
     def filler(self) -> np.ndarray:
         """One harmless token."""
@@ -209,23 +206,26 @@ class GenerateOnUnit:
             return Decoder(model, kv_tokens=task.kv_tokens, **settings)
         return Alone(model, **settings)
 
-    def compute(self, ids: Sequence[np.ndarray], length: int) -> dict[str, Any]:
-        raise NotImplementedError("pieces are computed as a whole")
+    def compute(self, batch: ModelBatch) -> dict[str, Any]:
+        """A piece of prompts -> the result columns. Raises BadRows for rows whose output is no whole one."""
+        import numpy as np
 
-    def compute_piece(
-        self, rows: Sequence[Row], beat: Callable[[int], None]
-    ) -> tuple[dict[str, Any], dict[int, tuple[str, str]]]:
-        """A piece of prompts -> the result columns, and rows that failed: place -> (error, message)."""
-        asked = [Asked(ids=row.ids.tolist(), limit=int(row.extra)) for row in rows]
-        fillers = frozenset(place for place, row in enumerate(rows) if row.filler)
-        found = self.complete(asked, [row.number for row in rows], fillers, beat)
+        asked = []
+        for place, (ids, (num_tokens, limit, _)) in enumerate(zip(batch.ids, batch.more, strict=True)):
+            own = np.resize(ids, num_tokens) if place in batch.left_out else ids
+            asked.append(Asked(ids=own.tolist(), limit=limit))
+        rows = [row for _, _, row in batch.more]
+        found = self.complete(asked, rows, batch.left_out, lambda tokens: batch.alive())
         values = [self._values(one.ids, completion) for one, completion in zip(asked, found, strict=True)]
+        results = {column.name: [value[column.name] for value in values] for column in self.task.columns}
         failed = {
             place: ("IncompleteJson", f"{one.limit} tokens hold no whole JSON that the schema allows")
             for place, (one, completion) in enumerate(zip(asked, found, strict=True))
             if not completion.complete
         }
-        return {column.name: [value[column.name] for value in values] for column in self.task.columns}, failed
+        if failed:
+            raise BadRows(failed, results)
+        return results
 
     def complete(
         self,

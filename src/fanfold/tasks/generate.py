@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fanfold import extras
 from fanfold.errors import PlanError, RequestError
+from fanfold.quantity import parse_bytes
 from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, first_of, num_matmul_weights, optional_json
 from fanfold.tasks.prompts import Prompting
 from fanfold.tasks.sample import Sampling
 from fanfold.tasks.task import Column
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fanfold.data.reading import Reading
     from fanfold.plan.numerics import Dtype, Numerics
     from fanfold.plan.plan import Unit
     from fanfold.tasks.completer import GenerateOnUnit
@@ -20,7 +25,6 @@ if TYPE_CHECKING:
 NEW_TOKENS = 256
 PIECE_TOKENS = 16_384  # of prompts and answers: about a minute of a GPT-2 on one core
 KV_BYTES = 1_500_000_000  # keys and values of all sequences of a unit
-STEP_BYTES = 300_000_000  # what a unit holds beside them: a worker's own memory, and a step's
 _MOST_KV_TOKENS = 65_536
 _HEADS = {
     "ForCausalLM": "generate",
@@ -41,7 +45,6 @@ class Generate:
     prompting: Prompting
     sampling: Sampling
     new_tokens: int  # the most tokens of an answer, where its row says nothing
-    limit_column: str | None  # a column that says it for each row
     stop: tuple[str, ...]
     full_text: bool
     schema: str | None
@@ -63,15 +66,12 @@ class Generate:
             Column(name="completion_tokens", kind="integer"),
         )
 
-    @property
-    def inputs(self) -> tuple[str, ...] | None:
-        """The input's columns that a row is made of."""
-        limit = () if self.limit_column is None else (self.limit_column,)
-        return tuple(dict.fromkeys((*self.prompting.columns, *limit)))
+    def reading(self, column: str) -> Reading:
+        return self.prompting.reading(column)
 
     @property
-    def piece_cost(self) -> int | None:
-        return PIECE_TOKENS
+    def numerics(self) -> dict[str, Any]:
+        return {"batch_tokens": PIECE_TOKENS, "order": "dealt"}
 
     @property
     def unit_bytes(self) -> int:
@@ -121,14 +121,29 @@ class Generate:
             "prompt": self.prompting.template,
             "chat": self.prompting.chat,
             "system": self.prompting.system,
-            "requests": self.prompting.requests,
             "new_tokens": self.new_tokens,
-            "limit_column": self.limit_column,
+            "limit_column": self.prompting.limit_column,
             "sampling": self.sampling.record,
             "stop": list(self.stop),
             "full_text": self.full_text,
             "schema": self.schema,
             "kv_tokens": self.kv_tokens,
+        }
+
+    @property
+    def options(self) -> dict[str, Any]:
+        column = self.prompting.limit_column
+        return {
+            "prompt": self.prompting.template,
+            "chat": self.prompting.chat,
+            "system": self.prompting.system,
+            "max_new_tokens": self.new_tokens if column is None else column,
+            "stop": list(self.stop),
+            **asdict(self.sampling),
+            "full_text": self.full_text,
+            "json_schema": None if self.schema is None else json.loads(self.schema),
+            "kv_memory": str(self.unit_bytes),
+            "dtype": self.dtype,
         }
 
     @property
@@ -145,7 +160,8 @@ class Generate:
 
     @property
     def shown(self) -> dict[str, str]:
-        limit = f"column {self.limit_column}" if self.limit_column else f"{self.new_tokens}"
+        column = self.prompting.limit_column
+        limit = f"{self.new_tokens}" if column is None else f"column {column}"
         lines = {
             "model": f"{self.checkpoint.shown} ({self.checkpoint.model_type})",
             "choice": self.sampling.shown,
@@ -169,13 +185,11 @@ class Generate:
 def make_generate(
     *,
     model: str | None,
-    column: str = "text",
     prompt: str | None = None,
     chat: bool = False,
     system: str | None = None,
-    requests: bool = False,
     max_new_tokens: int | str | None = None,
-    stop: tuple[str, ...] = (),
+    stop: str | Sequence[str] = (),
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -186,7 +200,7 @@ def make_generate(
     json_schema: Any = None,
     revision: str | None = None,
     dtype: Dtype = "float32",
-    memory_bytes: int | None = None,
+    kv_memory: str | None = None,
 ) -> Generate:
     """The task for a checkpoint, everything checked that can be checked without torch."""
     sampling = Sampling(
@@ -198,8 +212,9 @@ def make_generate(
         seed=seed,
     )
     new_tokens, limit_column = _limit(max_new_tokens)
-    prompting = Prompting(column=column, template=prompt, chat=chat or requests, system=system, requests=requests)
-    _ = prompting.columns  # a template that cannot be read is refused here
+    prompting = Prompting(template=prompt, chat=chat, system=system, limit_column=limit_column)
+    _ = prompting.names  # a template that cannot be read is refused here
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if dtype not in ("float32", "bfloat16"):
         raise PlanError(
             f"--dtype {dtype}", found="an unknown type", allowed="float32, bfloat16", do="choose one of them"
@@ -218,14 +233,10 @@ def make_generate(
             allowed="a model folder or a Hugging Face id of a language model",
             do="add --model, for example --model Qwen/Qwen2.5-0.5B-Instruct",
         )
-    if system is not None and not prompting.chat:
-        raise RequestError(
-            "--system", found="no --chat", allowed="together with --chat", do="add --chat, or put it into --prompt"
-        )
     checkpoint = find_checkpoint(model, revision=revision)
     _check_head(checkpoint)
-    if prompting.chat:
-        _check_chat(checkpoint)
+    if chat:
+        check_chat(checkpoint)
     schema = None
     if json_schema is not None:
         from fanfold.tasks.guide import read_schema
@@ -236,13 +247,12 @@ def make_generate(
             extras.need(module, extra="torch", purpose=f"generating with {checkpoint.shown}")
     context = _context(checkpoint.config)
     token_bytes = _kv_token_bytes(checkpoint.config, dtype)
-    kv_bytes = KV_BYTES if memory_bytes is None else min(KV_BYTES, max(0, memory_bytes - STEP_BYTES))
+    kv_bytes = KV_BYTES if kv_memory is None else parse_bytes(kv_memory, name="--kv-memory")
     return Generate(
         checkpoint=checkpoint,
         prompting=prompting,
         sampling=sampling,
         new_tokens=new_tokens,
-        limit_column=limit_column,
         stop=stop,
         full_text=full_text,
         schema=schema,
@@ -282,7 +292,7 @@ def _check_head(checkpoint: Checkpoint) -> None:
             )
 
 
-def _check_chat(checkpoint: Checkpoint) -> None:
+def check_chat(checkpoint: Checkpoint) -> None:
     """PlanError where the tokenizer has no chat template."""
     path = checkpoint.path
     if any(path.glob("*.jinja")) or (path / "chat_template.json").exists():

@@ -12,6 +12,7 @@ from fanfold.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+REQUEST = ("custom_id", "body")  # what is read of a line of an OpenAI batch file
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -25,40 +26,50 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompting:
-    """`template` over columns, or the value of `column`; with `chat` it is what the user says."""
+    """`template` over columns, or the value of one column; with `chat` it is what the user says.
 
-    column: str = "text"
+    A row that holds `custom_id` and `body` is a line of an OpenAI batch file, where neither template nor column says
+    otherwise: a chat of body.messages, of at most body.max_tokens new tokens. `limit_column` may say that, too.
+    """
+
     template: str | None = None
     chat: bool = False
     system: str | None = None
-    requests: bool = False  # OpenAI batch lines: body.messages, body.max_tokens
+    limit_column: str | None = None
+
+    def reading(self, column: str) -> tuple[tuple[str, ...], ...]:
+        """The columns to read, as alternatives; `column` is what the user has named."""
+        limit = [] if self.limit_column is None else [self.limit_column]
+        if self.template is not None:
+            return (tuple(dict.fromkeys([*self.names, *limit])),)
+        own = tuple(dict.fromkeys([column, *limit]))
+        return (REQUEST, own) if column == "text" else (own,)
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """The input's columns that a prompt needs, each once."""
-        if self.requests:
-            return ("body",)
-        if self.template is None:
-            return (self.column,)
-        return tuple(dict.fromkeys(name for _, name in parse_template(self.template) if name is not None))
+    def names(self) -> list[str]:
+        """The columns that the template names."""
+        return [name for _, name in parse_template(self.template or "") if name is not None]
+
+    def is_chat(self, row: Mapping[str, Any]) -> bool:
+        return self.chat or _is_request(row)
 
     def text(self, row: Mapping[str, Any]) -> str:
         """The prompt as a text. Raises BadRow."""
         if self.template is None:
-            return _as_text(self.column, row[self.column])
-        return "".join(
-            words + ("" if name is None else _as_text(name, row[name])) for words, name in parse_template(self.template)
-        )
+            return _as_text(*self._own(row))
+        parts = []
+        for words, name in parse_template(self.template):
+            if name is not None and name not in row:
+                raise BadRow("MissingColumn", f"no column {name}")
+            parts += [words] if name is None else [words, _as_text(name, row[name])]
+        return "".join(parts)
 
     def messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The messages of a chat: those of the row where it holds some, else one of the user. Raises BadRow."""
-        value = row["body"] if self.requests else row[self.columns[0]] if self.template is None else None
-        if self.requests:
-            value = _object(value).get("messages")
-            if value is None:
-                raise BadRow("BadRequest", "body has no messages")
-        if self.requests or not (self.template is not None or isinstance(value, str)):
-            found = checked_messages(value)
+        if _is_request(row):
+            found = checked_messages(_object(row["body"]).get("messages"))
+        elif self.template is None and not isinstance(self._own(row)[1], str | None):
+            found = checked_messages(self._own(row)[1])
         else:
             found = [{"role": "user", "content": self.text(row)}]
         if self.system is not None and found[0]["role"] not in ("system", "developer"):
@@ -67,16 +78,31 @@ class Prompting:
 
     def limit(self, row: Mapping[str, Any]) -> int | None:
         """What the row itself says of its longest answer, in tokens. Raises BadRow."""
-        if not self.requests:
+        if _is_request(row):
+            body = _object(row["body"])
+            for name in ("max_completion_tokens", "max_tokens"):
+                if body.get(name) is not None:
+                    return _limit(body[name], f"body.{name}")
             return None
-        body = _object(row["body"])
-        for name in ("max_completion_tokens", "max_tokens"):
-            if body.get(name) is not None:
-                return checked_limit(body[name], f"body.{name}")
-        return None
+        if self.limit_column is None:
+            return None
+        if self.limit_column not in row:
+            raise BadRow("MissingColumn", f"no column {self.limit_column}")
+        return _limit(row[self.limit_column], f"column {self.limit_column}")
+
+    def _own(self, row: Mapping[str, Any]) -> tuple[str, Any]:
+        """Name and value of the one column that is the prompt: the first that is read."""
+        name = next(iter(row), None)
+        if name is None or (name == self.limit_column and len(row) == 1):
+            raise BadRow("MissingColumn", "the record has not the column that is the prompt")
+        return name, row[name]
 
 
-def checked_limit(value: Any, name: str) -> int:
+def _is_request(row: Mapping[str, Any]) -> bool:
+    return tuple(row) == REQUEST
+
+
+def _limit(value: Any, name: str) -> int:
     """A number of tokens, 1 or more; BadRow for anything else."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -95,8 +121,9 @@ def checked_messages(value: Any) -> list[dict[str, Any]]:
         except ValueError:
             raise BadRow("BadMessages", "the messages are a text that is no JSON") from None
     if not isinstance(value, list) or not value:
-        raise BadRow("BadMessages", f"messages are a list of role and content, found {type(value).__name__}")
-    found = []
+        found = "none" if value is None else "an empty list" if value == [] else f"a {type(value).__name__}"
+        raise BadRow("BadMessages", f"messages are a list of role and content, found {found}")
+    messages = []
     for number, message in enumerate(value):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message
@@ -108,8 +135,8 @@ def checked_messages(value: Any) -> list[dict[str, Any]]:
             content = "".join(str(part.get("text", "")) for part in content)
         if not isinstance(content, str):
             raise BadRow("BadMessages", f"message {number} has no text as its content")
-        found.append({**message, "content": content})
-    return found
+        messages.append({**message, "content": content})
+    return messages
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:

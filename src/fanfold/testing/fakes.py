@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fanfold.tasks.chunking import Chunking, mean_of_parts, prepared_parts
-from fanfold.tasks.task import Column, Prepared
+from fanfold.tasks.task import Column, ModelBatch, Prepared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
 
+    from fanfold.data.reading import Reading
     from fanfold.plan.numerics import Dtype, Numerics
     from fanfold.plan.plan import Unit
 
@@ -41,12 +42,10 @@ class FakeTask:
     name: str = "fake"
     reference: str = "fake"
     weights_bytes: int = 0
+    unit_bytes: int = 0
     flops_per_token: float = 0.0
     dtype: Dtype = "float32"
     version: int = 1
-    inputs: tuple[str, ...] | None = None
-    unit_bytes: int = 0
-    piece_cost: int | None = None
     chunking: Chunking | None = None
 
     @property
@@ -65,6 +64,17 @@ class FakeTask:
     def record(self) -> dict[str, Any]:
         settings = {"task": self.name, "width": self.width, "max_length": self.max_length, "version": self.version}
         return {**settings, **({"chunk": self.chunking.record} if self.chunking else {})}
+
+    def reading(self, column: str) -> Reading:
+        return column
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        return {}
 
     @property
     def shown(self) -> dict[str, str]:
@@ -91,7 +101,7 @@ class FakeOnUnit:
         self._hogs: list[bytearray] = []
         self._faults = {text.encode()[: task.max_length]: fault for text, fault in task.faults.items()}
 
-    def prepare(self, texts: Sequence[str]) -> Prepared:
+    def prepare(self, texts: Sequence[str], rows: Sequence[int] = ()) -> Prepared:
         import numpy as np
 
         limit = self.task.max_length
@@ -111,9 +121,10 @@ class FakeOnUnit:
         if self.task.load_fault:
             self._cause(self.task.load_fault)
 
-    def compute(self, ids: Sequence[np.ndarray], length: int) -> dict[str, Any]:
+    def compute(self, batch: ModelBatch) -> dict[str, Any]:
         import numpy as np
 
+        ids, length = batch.ids, batch.length
         if self.task.calls_path:
             fd = os.open(self.task.calls_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             os.write(fd, b".")
@@ -129,9 +140,6 @@ class FakeOnUnit:
             seed = np.frombuffer((digest * (self.task.width // 8 + 1))[: self.task.width * 4], dtype=np.uint32)
             vectors[row] = seed.astype(np.float64) / 2**32
         return {"embedding": vectors}
-
-    def compute_piece(self, rows: Any, beat: Any) -> Any:
-        raise NotImplementedError("the fake computes batches")
 
     def _cause(self, fault: str) -> None:
         if fault.startswith("once:"):
