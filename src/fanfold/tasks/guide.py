@@ -28,11 +28,17 @@ def read_schema(given: Any) -> str:
         raise _refused(given, f"a {type(schema).__name__}")
     llguidance = extras.need("llguidance", extra="schema", purpose="--json-schema")
     text = json.dumps(schema)
-    grammar = llguidance.LLMatcher.grammar_from_json_schema(text)
+    grammar = _grammar(llguidance, text)
     problem = llguidance.LLMatcher.validate_grammar(grammar)
     if problem:
         raise _refused(given, str(problem).splitlines()[0])
     return text
+
+
+def _grammar(llguidance: Any, schema: str) -> str:
+    """Without white space between tokens of JSON: a model could go on with it for ever."""
+    grammar: str = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False})
+    return grammar
 
 
 def _refused(given: Any, found: str) -> RequestError:
@@ -53,7 +59,7 @@ class Guides:
 
         self._kind = llguidance.LLMatcher
         self._tokenizer = hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(eos) or None)
-        self._grammar = self._kind.grammar_from_json_schema(schema)
+        self._grammar = _grammar(llguidance, schema)
         self._first = self._kind(self._tokenizer, self._grammar)
 
     def new(self) -> Guide:
