@@ -71,10 +71,12 @@ def deal(offsets: Sequence[int], costs: Sequence[int], *, piece_cost: int) -> Cu
     """Pieces of one batch each that cost about the same and hold rows of all kinds, dealt out by falling cost.
 
     There are as many as `piece_cost` asks for, rounded up to a multiple of 2, from 4 on of 4, so that few units
-    have equal shares of a small job. Depends on the arguments alone.
+    have equal shares of a small job; two where halves are still a sixth of `piece_cost`. Depends on the arguments
+    alone.
     """
     ranked = sorted(range(len(offsets)), key=lambda i: (-costs[i], offsets[i]))
-    count = -(-sum(costs) // piece_cost) if ranked else 0
+    total = sum(costs)
+    count = max(-(-total // piece_cost), 2 if total >= piece_cost // 3 else 1)
     step = 1 if count < 2 else 2 if count < 4 else 4
     count = min(len(ranked), -(-count // step) * step)
     dealt: list[list[int]] = [[] for _ in range(count)]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fanfold.tasks.completer import GenerateOnUnit
 
 NEW_TOKENS = 256
-PIECE_TOKENS = 16_384  # of prompts and answers: about a minute of a GPT-2 on one core
+PIECE_TOKENS = 24_576  # of prompts and answers: about two minutes of a GPT-2 on one core
 KV_BYTES = 1_500_000_000  # keys and values of all sequences of a unit
 _MOST_KV_TOKENS = 65_536
 _HEADS = {
