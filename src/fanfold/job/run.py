@@ -137,7 +137,7 @@ def _run_job(
         if output.local is None and is_remote(where) and isinstance(source, SpoolSource):
             raise _spooled_here(where)
         cluster, machine = _cluster(where, machine, task, numerics, None if request.dry_run else output.local, say)
-    plan = choose(where, machine, _job(task, source, request), numerics, cluster)
+    plan = choose(where, machine, _job(task, source, request, numerics), numerics, cluster)
     for key, value in task.shown.items():
         say(f"{key + ':':<9}{value}")
     _say_plan(plan, say)
@@ -369,10 +369,11 @@ def _numerics(task: Task, kind: str) -> Numerics:
     return replace(numerics, windows_per_part=windows_per_part(numerics.window_rows, width))
 
 
-def _job(task: Task, source: Source, request: Request) -> Job:
+def _job(task: Task, source: Source, request: Request, numerics: Numerics) -> Job:
+    dealt = numerics.order == "dealt"  # what a row costs is not seen in its bytes: the most of it is its answer
     return Job(
         weights_bytes=task.weights_bytes,
-        input_bytes=source.total_bytes,
+        input_bytes=None if dealt else source.total_bytes,
         unit_memory_bytes=request.unit_memory_bytes,
         unit_bytes=task.unit_bytes,
     )
