@@ -117,6 +117,7 @@ FLAGS = {
     "run": ["JOB", "--json", "--no-color", "--quiet", "--verbose"],
     "verify": ["OUT", "--json", "--model", "--sample", "--seed", "--verbose"],
     "show": ["OUT", "--profile", "--verbose"],
+    "peek": ["OUT", "--json", "--rows", "--verbose"],
     "machine": ["--no-probe --probe", "--json", "--on", "--verbose"],
 }
 

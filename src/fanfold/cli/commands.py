@@ -122,6 +122,35 @@ def show(
 
 
 @app.command
+def peek(
+    out: str,
+    /,
+    *,
+    rows: int = 5,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    verbose: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Show the first finished rows of a run, also while it goes on.
+
+    Parameters
+    ----------
+    out
+        What -o named.
+    rows
+        How many.
+    json_
+        Print them as JSON on stdout.
+    verbose
+        Show tracebacks.
+    """
+    from fanfold.job.peek import peek as first_rows
+    from fanfold.job.peek import peek_text
+
+    print(json.dumps(first_rows(out, rows=rows), indent=2) if json_ else peek_text(out, rows=rows))
+    return 0
+
+
+@app.command
 def machine(
     *,
     on: str | None = None,

@@ -106,6 +106,7 @@ def compute_lease(
     buffer = io.BytesIO()
     failures: list[RowFailure] = []
     rows = tokens = padded_tokens = 0
+    sums = dict.fromkeys(work.task.counted, 0)
     last = lease.first - 1
     start_s = time.monotonic()
 
@@ -139,6 +140,8 @@ def compute_lease(
                 del failures[failures_before:]
                 break
             writer.write_batch(_record(items, results, work.task))
+            for name in work.task.counted:
+                sums[name] += sum(value for result in results for value in result[name])
             last = piece
             if desk.stopping():
                 break
@@ -157,6 +160,7 @@ def compute_lease(
         padded_tokens=padded_tokens,
         elapsed_s=elapsed_s,
         failures=tuple(failures),
+        sums=sums,
     )
 
 

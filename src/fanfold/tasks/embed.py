@@ -106,6 +106,10 @@ class Embed:
         return sum(file.stat().st_size for file in self.checkpoint.path.glob("*.safetensors"))
 
     @property
+    def counted(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def unit_bytes(self) -> int:
         return 0
 

@@ -74,6 +74,10 @@ class Generate:
         return {"batch_tokens": PIECE_TOKENS, "order": "dealt"}
 
     @property
+    def counted(self) -> tuple[str, ...]:
+        return ("prompt_tokens", "completion_tokens")
+
+    @property
     def unit_bytes(self) -> int:
         return self.kv_tokens * self.kv_token_bytes
 

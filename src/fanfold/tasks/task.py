@@ -136,6 +136,10 @@ class Task(Protocol):
         """Size of the model's weights, shared by the units of one machine."""
 
     @property
+    def counted(self) -> tuple[str, ...]:
+        """Result columns of whole numbers whose sums stand in the summary."""
+
+    @property
     def unit_bytes(self) -> int:
         """What every unit holds for itself beside weights and batches: a cache of keys and values."""
 

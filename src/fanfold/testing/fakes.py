@@ -43,6 +43,7 @@ class FakeTask:
     reference: str = "fake"
     weights_bytes: int = 0
     unit_bytes: int = 0
+    counted: tuple[str, ...] = ()
     flops_per_token: float = 0.0
     dtype: Dtype = "float32"
     version: int = 1
