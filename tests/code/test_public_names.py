@@ -93,7 +93,7 @@ FLAGS = {
             "--retry-failed",
             "--revision",
         ),
-        *("--timeout-batch", "--too-long", "--verbose"),
+        *("--threads", "--timeout-batch", "--too-long", "--verbose"),
     ],
     "generate": [
         "INPUTS",
@@ -112,7 +112,7 @@ FLAGS = {
         ),
         *("--model", "--no-color", "--on", "--on-error", "--overwrite", "--prefix", "--prompt", "--quiet"),
         *("--repetition-penalty", "--retry-failed", "--revision", "--seed", "--stop", "--system", "--temperature"),
-        *("--timeout-batch", "--too-long", "--top-k", "--top-p", "--verbose"),
+        *("--threads", "--timeout-batch", "--too-long", "--top-k", "--top-p", "--verbose"),
     ],
     "run": ["JOB", "--json", "--no-color", "--quiet", "--verbose"],
     "verify": ["OUT", "--json", "--model", "--sample", "--seed", "--verbose"],

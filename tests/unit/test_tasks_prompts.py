@@ -71,7 +71,7 @@ def test_a_limit_of_another_kind_is_read():
 
 def test_beginnings_are_shared_in_levels():
     common, deeper = list(range(40)), list(range(100, 150))
-    prompts = [common + [i, i] for i in range(200, 203)] + [common + deeper + [i] for i in (7, 8)] + [[1, 2]]
+    prompts = [[*common, i, i] for i in range(200, 203)] + [common + deeper + [i] for i in (7, 8)] + [[1, 2]]
     prefixes, longest = shared_prefixes(prompts)
     assert [(prefix.length, prefix.parent) for prefix in prefixes] == [(40, None), (90, 0)]
     assert longest == [0, 0, 0, 1, 1, None]

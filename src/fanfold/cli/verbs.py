@@ -56,6 +56,7 @@ MEANING = {
     "on_error": "Failed rows: quarantine (set aside), null (kept with empty results), or stop.",
     "max_failures": "Stop above this many failed rows: a number or a share such as 5%.",
     "memory_per_unit": "The most a unit may hold, for example 2GB.",
+    "threads": "Threads a unit: a number, or auto (what this machine's measured rates recommend). They shape bytes.",
     "timeout_batch": "End a unit that gives no sign of life for so long, for example 10min.",
     "too_long": "Texts longer than the model's limit: truncate (counted), or quarantine.",
     "compile": "Compile the model for this machine first: on, off, or auto (on where the job is long enough to gain "

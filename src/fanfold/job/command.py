@@ -33,6 +33,7 @@ class Flags:
     memory_per_unit: str | None = None
     timeout_batch: str | None = None
     too_long: str = "truncate"
+    threads: str = "1"
     compile: str = "off"
     limit: int | None = None
     overwrite: bool = False
@@ -199,7 +200,7 @@ def _checked(flags: Flags, values: dict[str, Any], path: Path, given: frozenset[
     for name in ("inputs", "keep", "stop"):
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
-    for name in ("max_failures", "memory_per_unit", "timeout_batch", "max_new_tokens", "kv_memory"):
+    for name in ("max_failures", "memory_per_unit", "timeout_batch", "max_new_tokens", "kv_memory", "threads"):
         if isinstance(values.get(name), int | float) and not isinstance(values[name], bool):
             values[name] = str(values[name])
     said = {
