@@ -53,10 +53,10 @@ class Option:
 def options(rates: Rates, step: Step, *, units: int | None = None) -> list[Option]:
     """All ways to share the cores, fewest threads first; `units` where their number is fixed.
 
-    All units read through one memory: their weights and keys and values pass at the rate of a copy; products run on
-    each unit's own threads.
+    All units read through one memory, weights and keys and values at the rate of a copy; each has as many rows in a
+    step, so that reading alone makes no option better. Products run on each unit's own threads.
     """
-    found = []
+    found: list[Option] = []
     for threads in range(1, rates.cores + 1):
         count = rates.cores // threads if units is None else units
         if count * threads > rates.cores and threads > 1:
@@ -82,7 +82,7 @@ def recommend(rates: Rates, step: Step, *, units: int | None = None) -> tuple[Op
     others = [str(option) for option in every if option is not chosen]
     reasons = [
         f"recommended: {chosen}" + (f" (others: {'; '.join(others)})" if others else ""),
-        f"a step of a unit reads {format_bytes(step.weights_bytes + step.own_bytes)} and computes {step.rows} tokens of "
-        f"{step.flops_per_row / 1e9:.2g} GFLOP; measured {gemm}, copies {rates.copy_bytes_per_s / 1e9:.1f} GB/s",
+        f"a step of a unit reads {format_bytes(step.weights_bytes + step.own_bytes)} and computes {step.rows} tokens "
+        f"of {step.flops_per_row / 1e9:.2g} GFLOP; measured {gemm}, copies {rates.copy_bytes_per_s / 1e9:.1f} GB/s",
     ]
     return chosen, reasons
