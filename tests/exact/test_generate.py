@@ -78,6 +78,29 @@ def test_stop_strings_end_where_transformers_ends(gpt2):
     assert found["completion_tokens"] <= 6
 
 
+@pytest.mark.parametrize("family", ["T5", "Bart"])
+def test_an_encoder_reads_and_a_decoder_writes(tmp_path, family):
+    folder = write_language_model(tmp_path / "model", family)
+    oracle = Oracle(folder)
+    prompts = ["a", "Return the sum of", "one two three " * 8, "x y"]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"text": text, "n": 4 + 3 * i}) + "\n" for i, text in enumerate(prompts)))
+    run = ff.generate(str(source), tmp_path / "out", model=str(folder), on="inline", max_new_tokens="n")
+    wanted = [oracle.text(prompt, 4 + 3 * i) for i, prompt in enumerate(prompts)]
+    assert run.table().column("generated_text").to_pylist() == wanted
+    long = ff.generate(["one two " * 200], model=str(folder), on="inline", max_new_tokens=3)[0]
+    assert long["prompt_tokens"] == (CONTEXT if family == "Bart" else len(oracle.tokenizer("one two " * 200).input_ids))
+
+
+def test_peek_shows_the_first_finished_rows(tmp_path, gpt2, capsys):
+    run = ff.generate(["Return the", "a list"], model=str(gpt2), on="inline", max_new_tokens=3)
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"text": "Return the"}\n{"text": "a list"}\n')
+    ff.generate(str(source), tmp_path / "out.jsonl", model=str(gpt2), on="inline", max_new_tokens=3)
+    assert cli(["peek", str(tmp_path / "out.jsonl"), "--rows", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"row": 0, **run[0]}]
+
+
 def test_full_text_is_prompt_and_answer(gpt2):
     plain = ff.generate(["Return the"], model=str(gpt2), on="inline", max_new_tokens=5)[0]["generated_text"]
     full = ff.generate(["Return the"], model=str(gpt2), on="inline", max_new_tokens=5, full_text=True)[0]

@@ -67,6 +67,10 @@ class GenerateOnUnit:
         if task.context is None:
             return Asked(ids=ids, limit=limit)
         truncated = len(ids) > task.context
+        if task.encodes:  # prompt and answer have positions of their own
+            limit = min(limit, task.context - 1)
+            ids = [*ids[: task.context - 1], ids[-1]] if truncated else ids
+            return Asked(ids=ids, limit=limit, truncated=truncated)
         if truncated:
             ids = self._cut(ids, max(1, task.context - limit))
         return Asked(ids=ids, limit=min(limit, task.context + 1 - len(ids)), truncated=truncated)

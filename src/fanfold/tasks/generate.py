@@ -58,6 +58,11 @@ class Generate:
         return "generate"
 
     @property
+    def encodes(self) -> bool:
+        """Whether an encoder reads the prompt and a decoder writes the answer."""
+        return bool(self.checkpoint.config.get("is_encoder_decoder"))
+
+    @property
     def columns(self) -> tuple[Column, ...]:
         return (
             Column(name="generated_text", kind="text"),
@@ -170,7 +175,7 @@ class Generate:
             "model": f"{self.checkpoint.shown} ({self.checkpoint.model_type})",
             "choice": self.sampling.shown,
             "length": f"at most {limit} new tokens"
-            + (f", {self.context} with the prompt" if self.context is not None else ""),
+            + ("" if self.context is None or self.encodes else f", {self.context} with the prompt"),
             "cache": f"keys and values of {self.kv_tokens:,} tokens a unit "
             f"({self.kv_tokens * self.kv_token_bytes / 1e6:,.0f} MB)",
         }
