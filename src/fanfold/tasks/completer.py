@@ -65,7 +65,8 @@ class GenerateOnUnit:
                 f"the tokenizer makes {name!r} the token {unknown[0]}, the model knows {self._vocabulary}",
             )
         if task.context is None:
-            return Asked(ids=ids, limit=limit)
+            asked = Asked(ids=ids, limit=limit)
+            return asked if task.encodes else self._fitting(asked)
         truncated = len(ids) > task.context
         if task.encodes:  # prompt and answer have positions of their own
             limit = min(limit, task.context - 1)
@@ -73,7 +74,15 @@ class GenerateOnUnit:
             return Asked(ids=ids, limit=limit, truncated=truncated)
         if truncated:
             ids = self._cut(ids, max(1, task.context - limit))
-        return Asked(ids=ids, limit=min(limit, task.context + 1 - len(ids)), truncated=truncated)
+        return self._fitting(Asked(ids=ids, limit=min(limit, task.context + 1 - len(ids)), truncated=truncated))
+
+    def _fitting(self, asked: Asked) -> Asked:
+        """A row that the cache can hold. Raises BadRow."""
+        needed = len(asked.ids) + asked.limit - 1
+        if needed > self.task.kv_tokens:
+            most = f"the cache holds {self.task.kv_tokens} (--kv-memory)"
+            raise BadRow("TooLarge", f"keys and values of {needed} tokens, {most}")
+        return asked
 
     def _limit(self, row: Mapping[str, Any]) -> int:
         task = self.task
