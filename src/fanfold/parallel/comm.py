@@ -108,7 +108,7 @@ class Comm:
         self.bytes[kind] += num_bytes
 
 
-class _Copy(torch.autograd.Function):
+class _Copy(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, comm: Comm, name: str) -> torch.Tensor:
         ctx.comm, ctx.name = comm, name
@@ -119,7 +119,7 @@ class _Copy(torch.autograd.Function):
         return ctx.comm.sum(grad.contiguous().clone(), f"grad {ctx.name}"), None, None
 
 
-class _Reduce(torch.autograd.Function):
+class _Reduce(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, comm: Comm, name: str) -> torch.Tensor:
         return comm.sum(x.contiguous().clone(), name)
@@ -129,7 +129,7 @@ class _Reduce(torch.autograd.Function):
         return grad, None, None
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, comm: Comm, name: str, sizes: list[int]) -> torch.Tensor:
         ctx.start, ctx.count = sum(sizes[: comm.rank]), sizes[comm.rank]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fanfold.errors import PlanError
-from fanfold.parallel.rules import Family
+from fanfold.parallel.rules import Family, Kind, What
 
 _BERT = Family(
     types=("bert", "roberta", "xlm-roberta", "electra", "camembert", "xlm-roberta-xl"),
@@ -88,7 +88,7 @@ _GPTJ = Family(
     },
     attributes={"num_attention_heads": "heads"},
 )
-_LLAMA_RULES = {
+_LLAMA_RULES: dict[str, tuple[Kind, What | None]] = {
     "self_attn.q_proj": ("column", "heads"),
     "self_attn.k_proj": ("column", "kv"),
     "self_attn.v_proj": ("column", "kv"),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fanfold.parallel.comm import Comm
 
 
-class Column(nn.Module):
+class Column(nn.Module):  # type: ignore[misc]
     """[..., I] -> [..., o]: the outputs are cut. `transposed`: the weight lies as [I, o], as in GPT-2."""
 
     def __init__(self, comm: Comm, name: str, weight: Any, bias: Any, *, transposed: bool) -> None:
@@ -27,7 +27,7 @@ class Column(nn.Module):
         return _product(self._comm.copy(x, self._name), self.weight, self.bias, self.transposed)
 
 
-class Row(nn.Module):
+class Row(nn.Module):  # type: ignore[misc]
     """[..., i] -> [..., O]: the inputs are cut, the outputs summed over ranks, then the bias added once."""
 
     def __init__(self, comm: Comm, name: str, weight: Any, bias: Any, *, transposed: bool) -> None:
@@ -48,7 +48,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, t
     return (flat @ weight if bias is None else torch.addmm(bias, flat, weight)).view(shape)
 
 
-class Embedding(nn.Module):
+class Embedding(nn.Module):  # type: ignore[misc]
     """ids -> [..., H]: the rows of the vocabulary are cut; each id is looked up where it lies."""
 
     def __init__(self, comm: Comm, name: str, weight: Any, rows: range, padding_idx: int | None) -> None:
@@ -70,7 +70,7 @@ class Embedding(nn.Module):
         return self._comm.reduce(found * here.unsqueeze(-1).to(found.dtype), self._name)
 
 
-class Head(nn.Module):
+class Head(nn.Module):  # type: ignore[misc]
     """[..., H] -> [..., V]: the vocabulary is cut, the logits put side by side again."""
 
     def __init__(self, comm: Comm, name: str, weight: Any, bias: Any, sizes: list[int]) -> None:
@@ -83,7 +83,7 @@ class Head(nn.Module):
         return self._comm.gather(mine, self._name, self._sizes)
 
 
-class HeadNorm(nn.Module):
+class HeadNorm(nn.Module):  # type: ignore[misc]
     """RMS norm over the features of all heads, of which a rank holds some: the sum of squares is a sum over ranks."""
 
     def __init__(self, comm: Comm, name: str, weight: Any, width: int, eps: float) -> None:

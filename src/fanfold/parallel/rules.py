@@ -19,7 +19,7 @@ What = Literal["heads", "kv", "qkv", "per_head", "per_group", "shared_kv", "inne
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One table. `rules`: end of a module's name -> kind and what; `attributes` of the attention module, by what they count.
+    """One table. rules: end of a module's name -> kind and what; attributes of the attention module: what they count.
 
     attention: the end of the names of attention modules. The word embedding and the output head need no rule.
     """

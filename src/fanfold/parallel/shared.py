@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import secrets
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -32,8 +34,17 @@ def make_file(path: str, size: int) -> None:
     """The file for a group of `size` ranks; its pages are there once they are used."""
     if size > _HEADER // _LINE:
         raise ValueError(f"{size} ranks on one host, at most {_HEADER // _LINE}")
-    with Path(path).open("xb") as file:
-        file.truncate(_HEADER + 2 * size * (_META + SLOT_BYTES))
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        os.ftruncate(fd, _HEADER + 2 * size * (_META + SLOT_BYTES))
+    finally:
+        os.close(fd)
+
+
+def new_path() -> str:
+    """A name that nobody has, in memory where the system has such a folder."""
+    folder = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+    return os.path.join(folder, f"fanfold-{os.getpid()}-{secrets.token_hex(6)}")
 
 
 def _call(words: str) -> tuple[int, bytes]:

@@ -1,4 +1,4 @@
-"""A rank's share of a model: transformers' own modules, of which the layers named in the family's table are replaced."""
+"""A rank's share of a model: transformers' own modules, of which those that the family's table names are replaced."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
         real(module, name, parameter)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register
     try:
         yield
     finally:
-        nn.Module.register_parameter = real  # type: ignore[method-assign]
+        nn.Module.register_parameter = real
 
 
 def cut_model(model: Any, comm: Comm) -> Share:
@@ -159,14 +159,10 @@ class _Cutter:
 
     def __init__(self, share: Share, comm: Comm, heads: Heads) -> None:
         self.share, self.comm, self.heads = share, comm, heads
-        self.partial: list[str] = []
 
     def replace(self, name: str, module: Any, kind: str, what: Any) -> None:
         comm = self.comm
         if kind == "sum_gradient":
-            for leaf, parameter in module.named_parameters(recurse=False):
-                parameter.partial_gradient = True
-                self.partial.append(f"{name}.{leaf}")
             return
         weight = module.weight
         if kind == "head_norm":
@@ -236,7 +232,7 @@ def _output_of(model: Any) -> Any:
 
 
 def register_gradients(share: Share, comm: Comm) -> None:
-    """Gradients of parameters of which several ranks hold the same rows, or which see a rank's heads only, are summed."""
+    """Gradients are summed where ranks hold the same rows of a parameter, or where it sees a rank's heads only."""
     if comm.size == 1:
         return
     family = family_of(share.model.config)

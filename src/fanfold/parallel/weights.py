@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fanfold.errors import InputError
+from fanfold.errors import InputError, PlanError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 INDEX = "model.safetensors.index.json"
-_OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # of layer norms in old checkpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,7 @@ def fill(
     Raises: InputError names tensors that are missing or of another shape.
     """
     prefix = model.base_model_prefix
-    names = {_modern(name): name for name in files.where}
+    names = _names_now(model, files, shown)
     missing: list[str] = []
     filled: dict[int, torch.nn.Parameter] = {}
     tied: dict[int, list[str]] = {}
@@ -139,11 +138,26 @@ def _key(name: str, names: dict[str, str], prefix: str) -> str | None:
     return None
 
 
-def _modern(name: str) -> str:
-    for old, new in _OLD_NAMES.items():
-        if name.endswith(f"LayerNorm{old}"):
-            return name.removesuffix(old) + new
-    return name
+def _names_now(model: Any, files: Files, shown: str) -> dict[str, str]:
+    """The model's names for the checkpoint's tensors -> the checkpoint's: old checkpoints have others."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if not isinstance(entry, WeightRenaming)]
+    names = {}
+    for name in files.where:
+        renamed, converter = rename_source_key(name, renamings, converters)
+        if converter is not None:
+            raise PlanError(
+                f"splitting {shown}",
+                found=f"{name} is stored in pieces that transformers puts together while loading",
+                allowed="checkpoints whose tensors are stored as the model holds them",
+                do="load it once with transformers and save it again with save_pretrained(save_original_format=False)",
+            )
+        names[renamed] = name
+    return names
 
 
 def _unusable(shown: str, found: str) -> InputError:
