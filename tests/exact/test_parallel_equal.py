@@ -100,7 +100,7 @@ def compared(ranks, folder, ways, dtype="float64"):
 
 
 def check(record, name):
-    allowed = equal.promise_of(name.split()[0], torch.float64)
+    allowed = equal.promise_of(name.split()[0], "float64")
     errors = {key: record[key] for key in ("max_rel_logits", "max_rel_loss", "max_rel_grad")}
     assert all(not math.isnan(error) and error <= allowed for error in errors.values()), record
     assert record["num_grads"] > 10

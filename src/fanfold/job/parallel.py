@@ -47,10 +47,6 @@ class ParallelModel:
         return self._ranks.answer(ANSWER_S)
 
     def generate(self, input_ids: Any, *, attention_mask: Any = None, seed: int | None = None, **options: Any) -> Any:
-        import torch
-
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         values = {"input_ids": input_ids, "attention_mask": attention_mask, "seed": seed, "options": options}
         self._ranks.ask("generate", values)
         return self._ranks.answer(ANSWER_S)
@@ -85,7 +81,7 @@ def parallel(
         raise PlanError(f"ff.parallel(..., on={on!r})", found="another place", allowed="cpu", do="leave on= away")
     for module in ("torch", "transformers"):
         extras.need(module, extra="torch", purpose="ff.parallel")
-    folder = str(find_checkpoint(model, revision=revision).path)
+    folder = str(find_checkpoint(model, revision=revision, tokenizer=False).path)
     _check(folder, split, dtype)
     return ParallelModel(folder, split, dtype=dtype, timeout_s=timeout_s)
 
@@ -105,21 +101,17 @@ def equal(
     split = parse_split(layout)
     for module in ("torch", "transformers"):
         extras.need(module, extra="torch", purpose="fanfold equal")
-    import torch
-
     from fanfold.parallel import equal as check
-    from fanfold.parallel.split import architecture, config_of
-    from fanfold.parallel.tiny import tiny_model
+    from fanfold.parallel.split import config_of
+    from fanfold.parallel.tiny import save_tiny
 
-    checkpoint = find_checkpoint(model, revision=revision)
+    checkpoint = find_checkpoint(model, revision=revision, tokenizer=False)
     config = config_of(checkpoint.path)
     _check(str(checkpoint.path), split, dtype)
-    cls = architecture(config)
     ranks = _start(split, timeout_s=60.0)
     try:
         with scratch_folder() as folder:
-            tiny = tiny_model(config, cls, split.tensor, split.pipeline, seed)
-            _save_quietly(tiny, folder / "tiny")
+            save_tiny(config, folder / "tiny", split.tensor, split.pipeline, seed)
             values = {"folder": str(folder / "tiny"), "dtype": "float64", "gradients": True}
             ranks.ask("compare", values)
             of_tiny = ranks.answers(ANSWER_S)
@@ -128,8 +120,8 @@ def equal(
     finally:
         ranks.close()
     tiny_worst, checkpoint_worst = check.worst_of(of_tiny), check.worst_of(of_checkpoint)
-    allowed = check.promise_of(config.model_type, torch.float64)
-    allowed_checkpoint = check.promise_of(config.model_type, getattr(torch, dtype))
+    allowed = check.promise_of(config.model_type, "float64")
+    allowed_checkpoint = check.promise_of(config.model_type, dtype)
     record = {
         "units": split.units,
         "world_pids": [answer["pid"] for answer in of_tiny],
@@ -166,18 +158,6 @@ def equal(
         error.record = record  # type: ignore[attr-defined]
         raise error
     return record
-
-
-def _save_quietly(model: Any, folder: Path) -> None:
-    import transformers
-
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model.save_pretrained(folder)
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def certificate(record: dict[str, Any], shown: str) -> str:

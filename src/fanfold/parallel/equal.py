@@ -39,8 +39,16 @@ def inputs_for(model: Any, seed: int = 1) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.where(mask == 1, ids, pad), "attention_mask": mask}
 
 
-def compare(folder: Path, comm: Comm, dtype: torch.dtype, *, gradients: bool) -> dict[str, Any]:
-    """On one rank: its share against the whole model, both from `folder`. All ranks call it at once."""
+def compare(
+    folder: Path, comm: Comm, dtype: torch.dtype, *, gradients: bool, skip: int | None = None
+) -> dict[str, Any]:
+    """On one rank: its share against the whole model, both from `folder`. All ranks call it at once.
+
+    `skip`: the number of a collective that does nothing, to see whether its lack is found.
+    """
+    comm.calls.clear()
+    comm.bytes.clear()
+    comm.skip = skip
     share = load_share(folder, comm, dtype)
     whole = type(share.model).from_pretrained(str(folder), dtype=dtype, local_files_only=True).eval()
     inputs = inputs_for(whole)
@@ -58,6 +66,8 @@ def compare(folder: Path, comm: Comm, dtype: torch.dtype, *, gradients: bool) ->
         found[1].backward()
         expected[1].backward()
         record |= _gradients(share, whole)
+    comm.skip = None
+    record["skipped"] = comm.skipped
     record["collectives"] = dict(comm.calls)
     record["bytes"] = dict(comm.bytes)
     return record
@@ -116,8 +126,8 @@ def worst_of(records: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def promise_of(model_type: str, dtype: torch.dtype) -> float:
+def promise_of(model_type: str, dtype: str) -> float:
     """The largest relative error that is allowed in the dtype."""
-    if dtype == torch.float64:
+    if dtype == "float64":
         return CASTS_PROMISE if model_type in CASTS else FLOAT64_PROMISE
-    return 1e-3 if dtype == torch.float32 else 0.1
+    return 1e-3 if dtype == "float32" else 0.1

@@ -45,9 +45,8 @@ class Ranks:
                 elif verb == "compare":
                     from fanfold.parallel.equal import compare
 
-                    record = compare(
-                        values["folder"], comm, getattr(torch, values["dtype"]), gradients=values["gradients"]
-                    )
+                    dtype = getattr(torch, values.pop("dtype"))
+                    record = compare(values.pop("folder"), comm, dtype, **values)
                     channel.send({**record, "pid": os.getpid()})
                 elif verb == "call":
                     answer = _call(model, values)
@@ -72,14 +71,14 @@ def _quiet() -> None:
 def _call(model: Any, values: dict[str, Any]) -> Any:
     import torch
 
-    with torch.inference_mode():
+    with torch.no_grad():
         out = model(**values, return_dict=True)
-    out.pop("past_key_values", None)
-    return out
+    return type(out)(**{name: value for name, value in out.items() if name != "past_key_values"})
 
 
 def _generate(model: Any, input_ids: Any, attention_mask: Any, seed: int | None, options: dict[str, Any]) -> Any:
     """Token ids [B, prompt + new]. The same on every rank: logits are, and draws depend on seed, row and position."""
+    import torch
     from transformers import LogitsProcessorList
 
     from fanfold.parallel.draws import Draws, take_warpers
@@ -89,7 +88,7 @@ def _generate(model: Any, input_ids: Any, attention_mask: Any, seed: int | None,
         processors = LogitsProcessorList([*take_warpers(options), Draws(seed or 0, input_ids.shape[1])])
     return model.generate(
         input_ids=input_ids,
-        attention_mask=attention_mask,
+        attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
         do_sample=False,
         num_beams=1,
         logits_processor=processors,

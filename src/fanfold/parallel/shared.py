@@ -168,7 +168,8 @@ class SharedGroup:
             found = self._views.get(key)
             if found is None:
                 size = count * dtype.itemsize
-                found = self._views[key] = [slots[turn][:size].view(dtype) for slots in self._slots]
+                with torch.inference_mode(False):  # kept, and written to in either mode
+                    found = self._views[key] = [slots[turn][:size].view(dtype) for slots in self._slots]
             return found
         step = SLOT_BYTES // dtype.itemsize
         here = [min(step, max(0, length - start)) for length in lengths]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VOCABULARY = 101
 _INNER = 37
@@ -66,6 +69,21 @@ def _kv(config: Any) -> int:
         return 1 if config.multi_query else int(config.num_attention_heads)
     found = getattr(config, "num_kv_heads" if config.model_type == "falcon" else "num_key_value_heads", None)
     return int(found or config.num_attention_heads)
+
+
+def save_tiny(config: Any, folder: Path, tensor: int, pipeline: int = 1, seed: int = 0) -> None:
+    """A tiny copy of what the config describes, as a checkpoint."""
+    import transformers
+
+    from fanfold.parallel.split import architecture
+
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tiny_model(config, architecture(config), tensor, pipeline, seed).save_pretrained(folder)
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def tiny_model(config: Any, cls: Any, tensor: int, pipeline: int = 1, seed: int = 0) -> Any:
