@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fanfold.job.engines import shutdown as shutdown
     from fanfold.job.fold import fold as fold
     from fanfold.job.fold import map as map
+    from fanfold.job.parallel import parallel as parallel
     from fanfold.job.verify import verify as verify
     from fanfold.merge import ArgMax as ArgMax
     from fanfold.merge import Concat as Concat
@@ -40,6 +41,7 @@ _PUBLIC = {
     "embed": "fanfold.job.embed",
     "fold": "fanfold.job.fold",
     "map": "fanfold.job.fold",
+    "parallel": "fanfold.job.parallel",
     "verify": "fanfold.job.verify",
     "shutdown": "fanfold.job.engines",
     "ArgMax": "fanfold.merge",
@@ -80,6 +82,7 @@ __all__ = [
     "embed",
     "fold",
     "map",
+    "parallel",
     "shutdown",
     "verify",
 ]

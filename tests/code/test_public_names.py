@@ -37,6 +37,7 @@ NAMES = [
     "embed",
     "fold",
     "map",
+    "parallel",
     "shutdown",
     "verify",
 ]
@@ -94,6 +95,7 @@ FLAGS = {
         ),
         *("--timeout-batch", "--too-long", "--verbose"),
     ],
+    "equal": ["MODEL", "--dtype", "--json", "--layout", "--revision", "--verbose"],
     "run": ["JOB", "--json", "--no-color", "--quiet", "--verbose"],
     "verify": ["OUT", "--json", "--model", "--sample", "--seed", "--verbose"],
     "show": ["OUT", "--profile", "--verbose"],

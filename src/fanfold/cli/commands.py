@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from fanfold import __version__
+from fanfold.cli.equal import equal
 from fanfold.cli.verbs import color_of, told, verb_command
 from fanfold.job.command import EmbedFlags
 
@@ -52,6 +53,9 @@ def run_file(
 
     run = run_config(job, as_json=json_, quiet=quiet, color=color_of(no_color))
     return told(run, json_)
+
+
+app.command(equal)
 
 
 @app.command
