@@ -72,12 +72,13 @@ import sys, threading, time, numpy as np, torch
 from fanfold.plan.numerics import Numerics
 from fanfold.plan.plan import Unit
 from fanfold.tasks.embed import make_embed
+from fanfold.tasks.task import ModelBatch
 torch.set_num_threads(1)
 def now():
     return next(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Pss:")) * 1024
 unit = make_embed(model=sys.argv[1]).open(Unit(name="x", device="cpu"), Numerics())
 unit.load()
-unit.compute([np.full(8, 5, dtype=np.int32)], 8)
+unit.compute(ModelBatch(ids=[np.full(8, 5, dtype=np.int32)], length=8))
 before, peak, over = now(), 0, False
 def watch():
     global peak
@@ -85,7 +86,7 @@ def watch():
         peak = max(peak, now()); time.sleep(0.01)
 thread = threading.Thread(target=watch); thread.start()
 for _ in range(2):
-    unit.compute([np.full(128, 5, dtype=np.int32)] * (int(sys.argv[2]) // 128), 128)
+    unit.compute(ModelBatch(ids=[np.full(128, 5, dtype=np.int32)] * (int(sys.argv[2]) // 128), length=128))
 over = True; thread.join()
 print(peak - before)
 """

@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from docstrings import docstrings
 
 from fanfold.job import engines
-from fanfold.job.embed import embed_files
 from fanfold.job.machine import machine_record
+from fanfold.job.verbs import run_files
 
 
 def measured(inputs: Path, out: Path, on: str, compile: str) -> dict[str, float]:
     """Padded tokens a second of the whole machine, and of one unit while it computes; idle share, peak memory."""
     engines.shutdown()
-    run = embed_files([str(inputs)], out, on=on, compile=compile)
+    run = run_files("embed", [str(inputs)], out, on=on, compile=compile)
     events = json.loads(gzip.decompress((out / "trace.json.gz").read_bytes()))["traceEvents"]
     compute = [(event["ts"], event["dur"]) for event in events if event.get("name") == "compute"]
     padded_tokens = run.summary["tokens"] / (1 - run.summary["padding_share"])
@@ -56,7 +56,7 @@ def main() -> None:
         inputs.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         warm = folder / "warm.jsonl"
         warm.write_text(json.dumps({"text": "the library is made here, not in a measured job"}) + "\n")
-        embed_files([str(warm)], folder / "warm", compile="on")
+        run_files("embed", [str(warm)], folder / "warm", compile="on")
         for turn in range(asked.turns):
             for compile, on in cases:
                 rates.append(machine_record(measure=True)["probe"]["gemm_one_thread_flop_per_s"])

@@ -15,6 +15,7 @@ from fanfold.job import engines
 from fanfold.plan.numerics import Numerics
 from fanfold.plan.plan import Unit
 from fanfold.tasks.embed import make_embed
+from fanfold.tasks.task import ModelBatch
 
 pytestmark = [
     pytest.mark.torch,
@@ -75,7 +76,9 @@ def test_vectors_are_those_of_an_unsplit_forward(built, docs, texts, tmp_path):
     model = built("bert")
     table = ff.embed(docs, tmp_path / "out", model=str(model), chunk=CHUNK, overlap=OVERLAP, on="cpu:2").table()
     unit = opened(model)
-    alone = np.concatenate([unit.compute([row], len(row))["embedding"] for row in unit.prepare(texts).ids])
+    alone = np.concatenate(
+        [unit.compute(ModelBatch(ids=[row], length=len(row)))["embedding"] for row in unit.prepare(texts).ids]
+    )
     found = table.column("embedding").combine_chunks().flatten().to_numpy().reshape(alone.shape)
     assert np.abs(found - alone).max() <= 1e-5 * np.abs(alone).max()
 

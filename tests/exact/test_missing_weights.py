@@ -129,12 +129,13 @@ def test_a_load_that_failed_fails_again(checkpoint):
     from fanfold.plan.numerics import Numerics
     from fanfold.plan.plan import Unit
     from fanfold.tasks.embed import make_embed
+    from fanfold.tasks.task import ModelBatch
 
     folder = checkpoint("bert", head={"dense": 48})
     change_weights(folder, lambda weights: {"linear.weight": weights["linear.weight"]}, "2_Dense/model.safetensors")
     opened = make_embed(model=str(folder)).open(Unit(name="inline"), Numerics())
     ids = opened.prepare(["a text"]).ids
-    for call in (opened.load, opened.load, lambda: opened.compute(ids, len(ids[0]))):
+    for call in (opened.load, opened.load, lambda: opened.compute(ModelBatch(ids=ids, length=len(ids[0])))):
         with pytest.raises((FanfoldError, RuntimeError)):
             call()
 

@@ -132,20 +132,20 @@ class Doing(FakeTask):
 
 
 class DoingOnUnit(FakeOnUnit):
-    def prepare(self, texts):
+    def prepare(self, texts, rows):
         if self.task.on_prepare:
             self.task.on_prepare()
-        return FakeOnUnit.prepare(self, texts)
+        return FakeOnUnit.prepare(self, texts, rows)
 
     def load(self):
         if self.task.on_load:
             self.task.on_load()
         FakeOnUnit.load(self)
 
-    def compute(self, ids, length):
+    def compute(self, batch):
         if self.task.on_compute:
-            self.task.on_compute(ids)
-        results = FakeOnUnit.compute(self, ids, length)
+            self.task.on_compute(batch.ids)
+        results = FakeOnUnit.compute(self, batch)
         return {name: self.task.on_result(value) for name, value in results.items()} if self.task.on_result else results
 
 
@@ -414,7 +414,7 @@ class Lengths(FakeTask):
     plus: int = 1
     def open(self, unit, numerics):
         class OnUnit(FakeOnUnit):
-            def compute(self, ids, length):
+            def compute(self, batch):
                 vectors = np.zeros((len(ids), 8), np.float32)
                 vectors[:, 0] = [double(len(row)) + self.task.plus for row in ids]
                 return {"embedding": vectors}
@@ -1069,11 +1069,11 @@ class Noisy(FakeTask):
             def load(self):
                 print("loading", "\\r" + "#" * 200, flush=True)
                 FakeOnUnit.load(self)
-            def compute(self, ids, length):
+            def compute(self, batch):
                 for number in range(200):  # in all more than a pipe holds
                     print("\\rBatches: 50%|#####     |", "x" * 100, end="", file=sys.stderr, flush=True)
                     print("log line", number, "x" * 100, flush=True)
-                return FakeOnUnit.compute(self, ids, length)
+                return FakeOnUnit.compute(self, batch)
         return OnUnit(self)
 run_job(Noisy(), Request(inputs=(docs,), out=Path("out"), on="cpu:2"), Progress())
 print("done")
@@ -1123,10 +1123,10 @@ class Tokenizing(FakeTask):
             def load(self):
                 os.dup2(os.open(f"stderr-{os.getpid()}", os.O_WRONLY | os.O_CREAT), 2)  # of a worker: kept in a file
                 FakeOnUnit.load(self)
-            def compute(self, ids, length):
+            def compute(self, batch):
                 assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
-                assert len(tokenizer.encode_batch(["word " * 20] * len(ids))) == len(ids)
-                return FakeOnUnit.compute(self, ids, length)
+                assert len(tokenizer.encode_batch(["word " * 20] * len(batch.ids))) == len(batch.ids)
+                return FakeOnUnit.compute(self, batch)
         return OnUnit(self)
 run = run_job(Tokenizing(), Request(inputs=(docs,), out=Path("out"), on="cpu:2"))
 print(run.summary["rows_ok"], "TOKENIZERS_PARALLELISM" in os.environ)

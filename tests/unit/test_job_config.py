@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 
 from fanfold.cli.main import run as command_line
 from fanfold.errors import RequestError
-from fanfold.job.command import EmbedFlags, run_embed, with_config
+from fanfold.job.command import EmbedFlags, run_verb, with_config
 
 TypeAdapter(EmbedFlags)  # pydantic imports a lot at the first use: outside of any test's time
 
@@ -164,11 +164,11 @@ def ran(monkeypatch):
     """What the job would be called with."""
     calls = []
 
-    def embed_files(inputs, out, **values):
-        calls.append({"inputs": inputs, "out": out, **values})
+    def run_files(verb, inputs, out, **values):
+        calls.append({"verb": verb, "inputs": inputs, "out": out, **values})
         raise RequestError("the job", found="a test", allowed="no job", do="nothing")
 
-    monkeypatch.setattr("fanfold.job.embed.embed_files", embed_files)
+    monkeypatch.setattr("fanfold.job.verbs.run_files", run_files)
     return calls
 
 
@@ -203,7 +203,7 @@ def test_keep_with_commas_is_names(config, ran, capsys):
 
 def test_an_output_is_needed(config):
     with pytest.raises(RequestError) as error:
-        run_embed(EmbedFlags(inputs=("a",)), config=None, quiet=True, color=False)
+        run_verb(EmbedFlags(inputs=("a",)), config=None, quiet=True, color=False)
     assert error.value.found == "no -o OUT"
 
 

@@ -26,6 +26,7 @@ from fanfold.job.run import run_job
 from fanfold.plan.numerics import Numerics
 from fanfold.plan.plan import Unit
 from fanfold.split.batch import cut
+from fanfold.tasks.task import ModelBatch
 from fanfold.testing.fakes import FakeTask
 
 # DESIGN.md, run folder; the ones behind are extras of ours, and adding one is a decision
@@ -181,7 +182,7 @@ def vectors_of(texts, numerics=None):
         for piece in plan.pieces:
             for batch in piece:
                 rows = plan.order[batch.start : batch.stop]
-                values = unit.compute([ids[row] for row in rows], batch.length)["embedding"]
+                values = unit.compute(ModelBatch(ids=[ids[row] for row in rows], length=batch.length))["embedding"]
                 for row, value in zip(rows, values, strict=True):
                     found[start + row] = value
     return found

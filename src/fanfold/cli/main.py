@@ -67,7 +67,8 @@ def run(arguments: list[str]) -> int:
 def _command(arguments: list[str]) -> int:
     from cyclopts import CycloptsError
 
-    from fanfold.cli.commands import DASH, GIVEN, app
+    from fanfold.cli.commands import app
+    from fanfold.cli.verbs import DASH, GIVEN
 
     # cyclopts takes a bare "-" for an option; it is a value here: stdin or stdout.
     arguments = [DASH if argument == "-" else argument for argument in arguments]

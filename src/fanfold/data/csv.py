@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from fanfold.data.failures import Problem, RowProblem, column_list, inert, usable_id
 from fanfold.data.kept import batch_of, compact
+from fanfold.data.reading import columns_of
 from fanfold.data.records import Decoded, too_long
 from fanfold.data.source import RECORD_COLUMN, Form
 from fanfold.data.text import bad_utf8
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from fanfold.data.lines import Rules
+    from fanfold.data.reading import Reading
 
 _FIELD_LIMIT = threading.Lock()
 
@@ -58,7 +60,8 @@ class CsvDecoder:
     """Cells of the header's columns; an empty cell is the empty text. No header: no rows either."""
 
     header: tuple[str, ...]
-    text_at: int
+    reads: tuple[str, ...]
+    composes: bool  # a text is the JSON object of what `reads` names; else it is the one column's cell
     id_at: int | None
     kept: tuple[str, ...]
     form: Form
@@ -86,10 +89,16 @@ class CsvDecoder:
                     except RowProblem as error:
                         problems[i] = error.problem
                 rows.append(row)
-        texts = [None if row is None else row[self.text_at] for row in rows]
+        texts = self._texts(rows)
         at = self.id_at
         ids = None if at is None else [None if row is None else usable_id(row[at]) for row in rows]
         return Decoded(texts, self._kept(rows), problems, ids)
+
+    def _texts(self, rows: list[list[str] | None]) -> list[str | None]:
+        at = {name: self.header.index(name) for name in self.reads} if self.header else {}
+        if self.composes:
+            return [None if row is None else compact({name: row[i] for name, i in at.items()}) for row in rows]
+        return [None if row is None else row[at[self.reads[0]]] for row in rows]
 
     def _row(self, data: bytes) -> list[str]:
         row = fields(data)
@@ -136,7 +145,7 @@ def read_header(data: bytes, path: str) -> tuple[str, ...]:
 def csv_decoder(
     headers: Sequence[tuple[str, tuple[str, ...]]],
     *,
-    column: str,
+    column: Reading,
     id_column: str | None,
     keep: str | tuple[str, ...],
     form: Form,
@@ -145,8 +154,9 @@ def csv_decoder(
 
     Raises: InputError where headers differ or lack a column.
     """
+    composes = not isinstance(column, str)
     if not headers:
-        return CsvDecoder(header=(), text_at=0, id_at=None, kept=(), form=form)
+        return CsvDecoder(header=(), reads=(), composes=composes, id_at=None, kept=(), form=form)
     first_path, header = headers[0]
     for path, other in headers[1:]:
         if other != header:
@@ -156,7 +166,8 @@ def csv_decoder(
                 allowed="the same names in the same order in every file",
                 do="run one job for each header, or make the headers the same",
             )
-    for name in (column, *([id_column] if id_column else []), *(keep if isinstance(keep, tuple) else ())):
+    reads = columns_of(column, header)
+    for name in (*reads, *([id_column] if id_column else []), *(keep if isinstance(keep, tuple) else ())):
         if name not in header:
             raise InputError(
                 f"column '{inert(name)}' of {inert(first_path)}",
@@ -166,4 +177,4 @@ def csv_decoder(
             )
     kept = header if keep == "all" else keep if isinstance(keep, tuple) else ()
     id_at = header.index(id_column) if id_column else None
-    return CsvDecoder(header=header, text_at=header.index(column), id_at=id_at, kept=kept, form=form)
+    return CsvDecoder(header=header, reads=reads, composes=composes, id_at=id_at, kept=kept, form=form)

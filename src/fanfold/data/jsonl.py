@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from fanfold.data.failures import Problem, RowProblem, column_list, inert, place, usable_id
 from fanfold.data.kept import Column, compact, encodable, infer, keep_typed, unknown_column, words_for
+from fanfold.data.reading import columns_of
 from fanfold.data.records import Decoded, Record, too_long
 from fanfold.data.source import RECORD_COLUMN, Form, InputFile
 from fanfold.data.text import bad_utf8
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from fanfold.data.lines import Rules
+    from fanfold.data.reading import Reading
 
 INFERRED_RECORDS = 4096
 INFERRED_BYTES = 64 << 20
@@ -72,7 +74,8 @@ def parse(data: bytes) -> tuple[str, dict[str, Any]]:
 class JsonlDecoder:
     """Texts and kept columns of JSON objects; `columns` None in form `json` with everything kept."""
 
-    column: str
+    reads: tuple[str, ...]
+    composes: bool  # a text is the JSON object of what `reads` names; else it is the one column's value
     id_column: str | None
     form: Form
     columns: tuple[Column, ...] | None
@@ -116,20 +119,31 @@ class JsonlDecoder:
             parsed.append(record)
             raw.append(text)
         kept = self._kept_json(parsed, raw, problems) if self.form == "json" else self._kept(parsed, problems)
-        texts = [None if r is None or i in problems else r[self.column] for i, r in enumerate(parsed)]
+        texts = [None if r is None or i in problems else self._text(r) for i, r in enumerate(parsed)]
         ids = [self._id(record) if record else None for record in parsed] if self.id_column else None
         return Decoded(texts, kept, problems, ids)
 
+    def _text(self, record: dict[str, Any]) -> str:
+        if self.composes:
+            return compact({name: record[name] for name in self.reads if name in record})
+        text: str = record[self.reads[0]]
+        return text
+
     def _text_problem(self, record: dict[str, Any], has_escapes: bool) -> Problem | None:
-        text = record.get(self.column)
-        shown = f"column '{inert(self.column)}'"
+        column = self.reads[0]
+        if self.composes:
+            if has_escapes and not encodable(self._text(record)):
+                return Problem("BadText", "a column that is read holds half of a surrogate pair, which is not text")
+            return None
+        text = record.get(column)
+        shown = f"column '{inert(column)}'"
         if isinstance(text, str):
             if has_escapes and not encodable(text):
                 return Problem("BadText", f"{shown} holds half of a surrogate pair, which is not text")
             return None
         if text is not None:
             return Problem("NotText", f"{shown} holds {words_for(text)}, not a string")
-        if self.column in record:
+        if column in record:
             return Problem("NullText", f"{shown} is null")
         return Problem("MissingColumn", f"no {shown}; the record has {column_list(list(record), most=8)}")
 
@@ -168,7 +182,7 @@ def jsonl_decoder(
     heads: Iterable[Record],
     files: Sequence[InputFile],
     *,
-    column: str,
+    column: Reading,
     id_column: str | None,
     keep: str | tuple[str, ...],
     form: Form,
@@ -179,6 +193,7 @@ def jsonl_decoder(
     Raises: InputError where the first record lacks the text column or no record has a named one.
     """
     names = (*((id_column,) if id_column else ()), *(keep if isinstance(keep, tuple) else ()))
+    reads = columns_of(column, ())
     only_first = not names and (form == "json" or keep == "none")
     records: list[dict[str, Any]] = []
     num_bytes = 0
@@ -189,8 +204,11 @@ def jsonl_decoder(
         except RowProblem:
             record = None
         if record is not None:
-            if not records and column not in record:
-                raise _no_column(column, place(files[head.file].path, head.line), list(record))
+            if not records:
+                reads = columns_of(column, record)
+                for name in reads:
+                    if name not in record:
+                        raise _no_column(name, place(files[head.file].path, head.line), list(record))
             records.append(record)
         if num_bytes >= INFERRED_BYTES or len(records) >= (1 if only_first else INFERRED_RECORDS):
             break
@@ -205,7 +223,8 @@ def jsonl_decoder(
         columns = tuple(inferred[name] for name in keep if name in inferred)
     refuses_unknown = keep == "all" and form == "typed"
     return JsonlDecoder(
-        column=column,
+        reads=reads,
+        composes=not isinstance(column, str),
         id_column=id_column,
         form=form,
         columns=columns,

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from fanfold.data.reading import Reading
     from fanfold.data.source import Form, InputFile, Source
 
 
 def open_source(
     inputs: Sequence[str],
     *,
-    column: str = "text",
+    column: Reading = "text",
     id_column: str | None = None,
     keep: Literal["all", "none"] | Sequence[str] = "all",
     form: Form = "typed",

@@ -19,12 +19,15 @@ import pyarrow as pa
 from fanfold.data.failures import Problem, column_list, inert, message, place, usable_id
 from fanfold.data.kept import batch_of
 from fanfold.data.parquet_reader import batches, footer, open_parquet
+from fanfold.data.reading import columns_of
 from fanfold.data.records import SpanJoiner, check_window_rows, rows_left, total_bytes
 from fanfold.data.source import RECORD_COLUMN, Chunk, Form, InputFile, RowFailure, Span, Window
 from fanfold.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
+
+    from fanfold.data.reading import Reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,8 @@ class ParquetSource:
 
     files: tuple[InputFile, ...]
     rows: tuple[int, ...]
-    column: str
+    reads: tuple[str, ...]
+    composes: bool  # a text is the JSON object of what `reads` names; else it is the one column's value
     id_column: str | None
     kept: pa.Schema  # the kept columns with their own types
     form: Form
@@ -85,7 +89,7 @@ class ParquetSource:
         pass
 
     def _batches(self, span: Span) -> Iterator[pa.RecordBatch]:
-        names = dict.fromkeys([self.column, *self.kept.names, *([self.id_column] if self.id_column else [])])
+        names = dict.fromkeys([*self.reads, *self.kept.names, *([self.id_column] if self.id_column else [])])
         return batches(self.files[span.file], tuple(names), span.start, span.stop)
 
     def _chunk(self, batch: pa.RecordBatch, offset: int, file: int, at: int) -> Chunk:
@@ -93,9 +97,9 @@ class ParquetSource:
         for name in self.kept.names:
             for i in _bad_utf8(batch.column(name)):
                 problems[i] = Problem("BadUtf8", f"column '{inert(name)}' is not UTF-8")
-        texts = self._texts(batch.column(self.column), problems)
+        texts = self._composed(batch, problems) if self.composes else self._texts(batch, problems)
         if self.form == "json":
-            records = self._json(batch, problems)
+            records = self._json(batch, tuple(self.kept.names), problems)
             texts = [None if i in problems else text for i, text in enumerate(texts)]
             kept = batch_of([pa.array(records, pa.string())], self.kept_schema, len(texts))
         else:
@@ -105,8 +109,9 @@ class ParquetSource:
         ids = [self._id(batch, i) for i in range(len(texts))] if self.id_column else None
         return Chunk(offset=offset, texts=texts, kept=kept, failures=failures, ids=ids)
 
-    def _texts(self, column: pa.Array, problems: dict[int, Problem]) -> list[str | None]:
-        shown = f"column '{inert(self.column)}'"
+    def _texts(self, batch: pa.RecordBatch, problems: dict[int, Problem]) -> list[str | None]:
+        shown = f"column '{inert(self.reads[0])}'"
+        column = batch.column(self.reads[0])
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         for i in _bad_utf8(column):
@@ -118,10 +123,21 @@ class ParquetSource:
                 problems[i] = Problem("NullText", f"{shown} is null")
         return texts
 
+    def _composed(self, batch: pa.RecordBatch, problems: dict[int, Problem]) -> list[str | None]:
+        for name in self.reads:
+            for i in _bad_utf8(batch.column(name)):
+                problems[i] = Problem("BadUtf8", f"column '{inert(name)}' is not UTF-8")
+        return self._json(batch, self.reads, problems)
+
     def _failure(self, batch: pa.RecordBatch, i: int, offset: int, file: int, at: int, problem: Problem) -> RowFailure:
         where = place(self.files[file].path, at + i, "row")
-        told = message(where, problem.reason, _bytes_of(batch.column(self.column), i))
+        told = message(where, problem.reason, self._head(batch, i))
         return RowFailure(offset=offset + i, error=problem.error, message=told, id=self._id(batch, i))
+
+    def _head(self, batch: pa.RecordBatch, i: int) -> bytes:
+        """The beginning of the record's text, for a message."""
+        column = batch.column(self.reads[0])
+        return _bytes_of(column, i) if _is_text(column.type) else str(_rows(column, [i])[0]).encode()
 
     def _id(self, batch: pa.RecordBatch, i: int) -> str | int | float | None:
         if not self.id_column:
@@ -131,14 +147,14 @@ class ParquetSource:
         except (ValueError, OverflowError):
             return None
 
-    def _json(self, batch: pa.RecordBatch, problems: dict[int, Problem]) -> list[str | None]:
+    def _json(self, batch: pa.RecordBatch, names: tuple[str, ...], problems: dict[int, Problem]) -> list[str | None]:
         good: list[int | None] = [i for i in range(batch.num_rows) if i not in problems]
-        columns = [_plain(_rows(batch.column(name), good)) for name in self.kept.names]
+        columns = [_plain(_rows(batch.column(name), good)) for name in names]
         records: list[str | None] = [None] * batch.num_rows
         for at, i in enumerate(i for i in good if i is not None):
             try:
                 values = [c[at].as_py() if isinstance(c[at], pa.Scalar) else c[at] for c in columns]
-                row = dict(zip(self.kept.names, values, strict=True))
+                row = dict(zip(names, values, strict=True))
                 records[i] = json.dumps(row, ensure_ascii=False, separators=(",", ":"), default=_json_value)
             except (ValueError, TypeError, OverflowError) as error:
                 problems[i] = Problem("BadRecord", f"the row cannot be written as JSON: {inert(str(error))}")
@@ -216,7 +232,7 @@ def _bytes_of(column: pa.Array, i: int) -> bytes:
 def parquet_source(
     files: tuple[InputFile, ...],
     *,
-    column: str,
+    column: Reading,
     id_column: str | None,
     keep: str | tuple[str, ...],
     form: Form,
@@ -224,7 +240,8 @@ def parquet_source(
 ) -> ParquetSource:
     """Raises InputError for unreadable files, files that differ, a column that is missing or no text."""
     rows, schema = _look(files)
-    for name in (column, *([id_column] if id_column else []), *(keep if isinstance(keep, tuple) else ())):
+    reads = columns_of(column, schema.names)
+    for name in (*reads, *([id_column] if id_column else []), *(keep if isinstance(keep, tuple) else ())):
         if name not in schema.names:
             raise InputError(
                 f"column '{inert(name)}' of {inert(files[0].path)}",
@@ -232,12 +249,14 @@ def parquet_source(
                 allowed=column_list(schema.names),
                 do="name one of these columns (--column for the text, --id, --keep)",
             )
-    _check_text(files[0].path, schema.field(column))
+    if isinstance(column, str):
+        _check_text(files[0].path, schema.field(column))
     names = schema.names if keep == "all" else keep if isinstance(keep, tuple) else ()
     return ParquetSource(
         files=files,
         rows=rows,
-        column=column,
+        reads=reads,
+        composes=not isinstance(column, str),
         id_column=id_column,
         kept=pa.schema([_kept_field(schema.field(name)) for name in names]),
         form=form,
@@ -248,7 +267,7 @@ def parquet_source(
 def parquet_tables(files: tuple[InputFile, ...]) -> ParquetSource:
     """All columns, none of them special. Raises InputError for unreadable files, or files that differ."""
     rows, schema = _look(files)
-    return ParquetSource(files=files, rows=rows, column="", id_column=None, kept=schema, form="typed")
+    return ParquetSource(files=files, rows=rows, reads=(), composes=True, id_column=None, kept=schema, form="typed")
 
 
 def _look(files: tuple[InputFile, ...]) -> tuple[tuple[int, ...], pa.Schema]:
@@ -270,9 +289,14 @@ def _kept_field(field: pa.Field) -> pa.Field:
     return pa.field(field.name, field.type, nullable=True, metadata=metadata or None)
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
 def _check_text(path: str, field: pa.Field) -> None:
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+    if not _is_text(field.type):
         raise InputError(
             f"column '{inert(field.name)}' of {inert(path)} as the text",
             found=f"its type is {field.type}",

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from fanfold.data.failures import RowProblem
 from fanfold.data.kept import batch_of, compact
+from fanfold.data.reading import columns_of
 from fanfold.data.records import Decoded, too_long
 from fanfold.data.source import RECORD_COLUMN, Form
 from fanfold.errors import InputError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from fanfold.data.failures import Problem
     from fanfold.data.lines import Rules
+    from fanfold.data.reading import Reading
 
 TEXT_COLUMN = "text"
 
@@ -27,6 +29,7 @@ class TextDecoder:
     """A line without its line end is the text; invalid UTF-8 is BadUtf8."""
 
     form: Form
+    composes: bool  # a text is a JSON object with the column text; else the line
     keeps: bool  # whether the one column there is, text, is kept
 
     @property
@@ -55,6 +58,8 @@ class TextDecoder:
         kept = texts
         if self.form == "json":
             kept = [None if t is None else compact({TEXT_COLUMN: t} if self.keeps else {}) for t in texts]
+        if self.composes:
+            texts = [None if t is None else compact({TEXT_COLUMN: t}) for t in texts]
         schema = self.schema
         arrays = [pa.array(kept, pa.string())] if len(schema) else []
         return Decoded(texts, batch_of(arrays, schema, len(texts)), problems)
@@ -74,9 +79,13 @@ def bad_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8: byte {error.start} of the record is 0x{found:02x} ({error.reason})"
 
 
-def text_decoder(*, column: str, id_column: str | None, keep: str | tuple[str, ...], form: Form) -> TextDecoder:
+def text_decoder(*, column: Reading, id_column: str | None, keep: str | tuple[str, ...], form: Form) -> TextDecoder:
     """Raises InputError where a column other than `text` is asked for."""
-    wanted = [column, *([id_column] if id_column else []), *(keep if isinstance(keep, tuple) else ())]
+    wanted = [
+        *columns_of(column, (TEXT_COLUMN,)),
+        *([id_column] if id_column else []),
+        *(keep if isinstance(keep, tuple) else ()),
+    ]
     for name in wanted:
         if name != TEXT_COLUMN:
             raise InputError(
@@ -85,4 +94,4 @@ def text_decoder(*, column: str, id_column: str | None, keep: str | tuple[str, .
                 allowed="text",
                 do="leave the column out, or convert the input to JSONL, CSV or Parquet",
             )
-    return TextDecoder(form=form, keeps=keep == "all" or TEXT_COLUMN in keep)
+    return TextDecoder(form=form, composes=not isinstance(column, str), keeps=keep == "all" or TEXT_COLUMN in keep)

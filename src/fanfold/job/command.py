@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fanfold.errors import RequestError
 from fanfold.job.request import names_of
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EmbedFlags:
-    """The flags of `fanfold embed`, by name."""
+class Flags:
+    """The flags that all verbs share, by name."""
 
     inputs: tuple[str, ...] = ()
     out: str | None = None
@@ -26,12 +26,6 @@ class EmbedFlags:
     keep: str | tuple[str, ...] = "all"
     id: str | None = None
     prefix: str = ""
-    prefix_text: str | None = None
-    prompt_name: str | None = None
-    max_length: int | None = None
-    chunk: int | None = None
-    overlap: int | None = None
-    merge: str | None = None
     dtype: str = "float32"
     revision: str | None = None
     on_error: str = "quarantine"
@@ -46,9 +40,28 @@ class EmbedFlags:
     retry_failed: bool = False
     dry_run: bool = False
 
+    verb: ClassVar[str] = ""
 
-def run_embed(
-    flags: EmbedFlags,
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedFlags(Flags):
+    """The flags of `fanfold embed`."""
+
+    prefix_text: str | None = None
+    prompt_name: str | None = None
+    max_length: int | None = None
+    chunk: int | None = None
+    overlap: int | None = None
+    merge: str | None = None
+
+    verb: ClassVar[str] = "embed"
+
+
+FLAGS: dict[str, type[Flags]] = {flags.verb: flags for flags in (EmbedFlags,)}
+
+
+def run_verb(
+    flags: Flags,
     *,
     config: str | None,
     quiet: bool,
@@ -56,16 +69,16 @@ def run_embed(
     as_json: bool = False,
     given: frozenset[str] = frozenset(),
 ) -> Run:
-    """Carry out `fanfold embed`; `given` are the flags that stood on the command line."""
-    from fanfold.job.embed import embed_files
+    """Carry out the verb whose flags these are; `given` are those that stood on the command line."""
     from fanfold.job.show import summary_lines
+    from fanfold.job.verbs import run_files
     from fanfold.report.progress import Progress
 
     if config is not None:
         flags = with_config(flags, Path(config), given)
     if flags.out is None:
         raise RequestError(
-            "fanfold embed",
+            f"fanfold {flags.verb}",
             found="no -o OUT",
             allowed="a folder, or a file .parquet, .jsonl or .csv",
             do="add -o, for example: -o out/",
@@ -81,30 +94,30 @@ def run_embed(
             do="write the rows to a file, or leave --json away",
         )
     if out == "-":
-        return _to_stdout(inputs, values, quiet=quiet, color=color)
+        return _to_stdout(flags.verb, inputs, values, quiet=quiet, color=color)
     if "-" in inputs:
         values["stdin"] = sys.stdin.buffer
     display = Progress(quiet=quiet, color=color)
-    run = embed_files(inputs, out, display=display, signals=True, **values)
+    run = run_files(flags.verb, inputs, out, display=display, signals=True, **values)
     for line in summary_lines(run.summary):
         display.say(line)
     return run
 
 
-def _to_stdout(inputs: tuple[str, ...], values: dict[str, Any], *, quiet: bool, color: bool) -> Run:
+def _to_stdout(verb: str, inputs: tuple[str, ...], values: dict[str, Any], *, quiet: bool, color: bool) -> Run:
     """JSONL rows in order on stdout; nothing is kept, so there is nothing to resume."""
     import shutil
 
     from fanfold.data.scratch import scratch_folder
-    from fanfold.job.embed import embed_files
+    from fanfold.job.verbs import run_files
     from fanfold.report.progress import Progress
 
     with scratch_folder() as folder:
         if "-" in inputs:
             values["stdin"] = sys.stdin.buffer
         out = folder / "out.jsonl"
-        run = embed_files(
-            inputs, out, display=Progress(quiet=quiet, color=color), signals=True, **{**values, "sync": False}
+        run = run_files(
+            verb, inputs, out, display=Progress(quiet=quiet, color=color), signals=True, **{**values, "sync": False}
         )
         if out.exists():
             with out.open("rb") as rows:
@@ -113,8 +126,24 @@ def _to_stdout(inputs: tuple[str, ...], values: dict[str, Any], *, quiet: bool, 
         return run
 
 
-def with_config(flags: EmbedFlags, path: Path, given: frozenset[str] = frozenset()) -> EmbedFlags:
+def run_config(path: str, *, as_json: bool, quiet: bool, color: bool) -> Run:
+    """Carry out what a job file describes; its `task` says which verb that is."""
+    task = _values(Path(path)).get("task", "embed")
+    flags = FLAGS[task]() if task in FLAGS else EmbedFlags()
+    return run_verb(flags, config=path, quiet=quiet, color=color, as_json=as_json)
+
+
+def with_config(flags: Flags, path: Path, given: frozenset[str] = frozenset()) -> Flags:
     """The file's values where the command line said nothing."""
+    values = _values(path)
+    task = values.pop("task", flags.verb)
+    if task != flags.verb:
+        allowed = f'task = "{flags.verb}"' if task in FLAGS else f"task = one of {', '.join(FLAGS)}"
+        raise RequestError(f"--config {path}", found=f"task = {task!r}", allowed=allowed, do="correct the file")
+    return _checked(flags, values, path, given)
+
+
+def _values(path: Path) -> dict[str, Any]:
     import tomllib
 
     try:
@@ -126,13 +155,11 @@ def with_config(flags: EmbedFlags, path: Path, given: frozenset[str] = frozenset
             allowed="a TOML file with the command's flags as keys",
             do="check the file",
         ) from None
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    task = values.pop("task", "embed")
-    if task != "embed":
-        raise RequestError(
-            f"--config {path}", found=f"task = {task!r}", allowed='task = "embed"', do="correct the file"
-        )
-    known = {field.name: field for field in fields(EmbedFlags)}
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _checked(flags: Flags, values: dict[str, Any], path: Path, given: frozenset[str]) -> Flags:
+    known = {field.name: field for field in fields(flags)}
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise RequestError(
@@ -159,7 +186,7 @@ def with_config(flags: EmbedFlags, path: Path, given: frozenset[str] = frozenset
     import pydantic
 
     try:
-        return pydantic.TypeAdapter(EmbedFlags).validate_python({**values, **said}, strict=False)
+        return pydantic.TypeAdapter(type(flags)).validate_python({**values, **said}, strict=False)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise RequestError(

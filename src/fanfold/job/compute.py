@@ -22,9 +22,10 @@ from fanfold.errors import DataError, FanfoldError, InternalError, OutOfMemory, 
 from fanfold.job.prepare import ensure_prepared
 from fanfold.job.work import JobWork, LeaseDetail, LeaseDone, Trial, TrialDone, items_name, unique
 from fanfold.split.bisect import Bisection
+from fanfold.tasks.task import BadRows, ModelBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from fanfold.data.store import Store
     from fanfold.engine.engine import Desk
@@ -39,6 +40,8 @@ def arrow_type(column: Column) -> pa.DataType:
     """The Arrow type of a result column."""
     if column.kind == "vector":
         return pa.list_(pa.float32(), column.width)
+    if column.kind == "records":
+        return pa.list_(pa.struct([(part.name, arrow_type(part)) for part in column.fields]))
     return {"text": pa.string(), "float": pa.float64(), "integer": pa.int64()}[column.kind]
 
 
@@ -67,6 +70,7 @@ class BatchItems:
     piece: int
     names: list[str | None] = field(default_factory=list)  # the id column as JSON, where one was named
     parts: list[int] | None = None  # of each row's text
+    more: list[tuple[int, ...]] = field(default_factory=list)  # what the task has beside the ids
 
 
 def batches_of(items: pa.RecordBatch, piece: int) -> Iterator[BatchItems]:
@@ -76,6 +80,7 @@ def batches_of(items: pa.RecordBatch, piece: int) -> Iterator[BatchItems]:
     offsets = items.column("offset").to_pylist()
     names = items.column("id").to_pylist()
     parts = items.column("part").to_pylist() if "part" in items.schema.names else None
+    more = items.column("more").to_pylist() if "more" in items.schema.names else None
     column = items.column("ids")
     ends = column.offsets.to_numpy()
     flat = column.values.to_numpy()
@@ -83,7 +88,8 @@ def batches_of(items: pa.RecordBatch, piece: int) -> Iterator[BatchItems]:
     for start, stop in pairwise(borders):
         ids = [flat[ends[row] : ends[row + 1]] for row in range(start, stop)]
         of_batch = None if parts is None else parts[start:stop]
-        yield BatchItems(offsets[start:stop], ids, int(lengths[start]), piece, names[start:stop], of_batch)
+        beside = [] if more is None else [tuple(numbers) for numbers in more[start:stop]]
+        yield BatchItems(offsets[start:stop], ids, int(lengths[start]), piece, names[start:stop], of_batch, beside)
 
 
 def compute_lease(
@@ -110,7 +116,7 @@ def compute_lease(
             for number, batch in enumerate(batches_of(items, piece)):
                 desk.at(piece, number)
                 left_out = detail.left_out.get((piece, number), {})
-                result, failed = compute_batch(opened, batch, left_out)
+                result, failed = compute_batch(opened, batch, left_out, alive=lambda: desk.beat(0, 0))
                 results.append(result)
                 failures += failed
                 rows += len(batch.ids)
@@ -140,28 +146,42 @@ def compute_lease(
 
 
 def compute_batch(
-    opened: Opened, batch: BatchItems, left_out: dict[int, tuple[str, str]]
+    opened: Opened,
+    batch: BatchItems,
+    left_out: dict[int, tuple[str, str]],
+    alive: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], list[RowFailure]]:
     """The batch's results and its failed rows. `left_out` are rows known to be bad: place -> (error, message)."""
     failures = [_failure(batch, row, error, message) for row, (error, message) in sorted(left_out.items())]
     try:
-        return compute_rows(opened, batch, set(range(len(batch.ids))) - left_out.keys()), failures
+        result, bad = compute_rows(opened, batch, set(range(len(batch.ids))) - left_out.keys(), alive)
+        return result, [*failures, *(_failure(batch, row, *cause) for row, cause in sorted(bad.items()))]
     except FanfoldError as error:
         if not isinstance(error, DataError):
             raise
         first: Exception = error
     except Exception as error:
         first = error
-    return _take_apart(opened, batch, left_out, failures, first)
+    return _take_apart(opened, batch, left_out, failures, first, alive)
 
 
-def compute_rows(opened: Opened, batch: BatchItems, real: set[int] | tuple[int, ...]) -> dict[str, Any]:
-    """The batch in its own shape, every row that is not in `real` replaced by a filler."""
-    if len(real) == len(batch.ids):
-        return opened.compute(batch.ids, batch.length)
-    filler = opened.filler()[: batch.length]
-    chosen = set(real)
-    return opened.compute([ids if row in chosen else filler for row, ids in enumerate(batch.ids)], batch.length)
+def compute_rows(
+    opened: Opened, batch: BatchItems, real: Collection[int], alive: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Any], dict[int, tuple[str, str]]]:
+    """The batch in its own shape, every row that is not in `real` replaced by a filler.
+
+    The results, and the rows among `real` that have none: row -> (error, message).
+    """
+    ids, left_out = batch.ids, frozenset(range(len(batch.ids))).difference(real)
+    if left_out:
+        filler = opened.filler()[: batch.length]
+        ids = [filler if row in left_out else own for row, own in enumerate(ids)]
+    try:
+        return opened.compute(
+            ModelBatch(ids=ids, length=batch.length, more=batch.more, left_out=left_out, alive=alive)
+        ), {}
+    except BadRows as bad:
+        return bad.results, {row: cause for row, cause in bad.failures.items() if row not in left_out}
 
 
 def _take_apart(
@@ -170,22 +190,25 @@ def _take_apart(
     left_out: dict[int, tuple[str, str]],
     failures: list[RowFailure],
     first: Exception,
+    alive: Callable[[], None],
 ) -> tuple[dict[str, Any], list[RowFailure]]:
     """Find the culprits among the rows that are not left out already, and the results of all others."""
     places = [row for row in range(len(batch.ids)) if row not in left_out]
     bisection = Bisection(len(places))
     merged: dict[str, Any] = {}
     errors: dict[int, Exception] = {}
+    without: dict[int, tuple[str, str]] = {}
     while (tried := bisection.next()) is not None:
         rows = tuple(places[i] for i in tried)
         num_bad = len(bisection.bad)
         error: Exception | None = None
         try:
-            result = compute_rows(opened, batch, rows)
+            result, bad = compute_rows(opened, batch, rows, alive)
         except Exception as caught:
             error = caught
         else:
             _put(merged, result, rows)
+            without |= bad
         bisection.tell(error is None)
         if error is not None:
             first = error
@@ -196,8 +219,9 @@ def _take_apart(
                 _check_filler(opened, batch, first)
     for i, error in errors.items():
         failures.append(_failure(batch, places[i], *row_error(error)))
+    failures += [_failure(batch, row, *cause) for row, cause in sorted(without.items())]
     if not merged:  # not one row is good: the shape of the results comes from fillers alone
-        merged = compute_rows(opened, batch, ())
+        merged, _ = compute_rows(opened, batch, (), alive)
     return merged, failures
 
 
@@ -263,7 +287,7 @@ def _try(opened: Opened, lease: Compute, trial: Trial, desk: Desk, store: Store)
             if number == trial.batch:
                 desk.at(lease.first, number)
                 try:
-                    compute_rows(opened, batch, trial.rows)
+                    compute_rows(opened, batch, trial.rows, lambda: desk.beat(0, 0))
                 except Exception as error:
                     return TrialDone(passed=False, cause=row_error(error))
     return TrialDone(passed=True)

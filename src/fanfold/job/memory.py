@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -13,99 +14,115 @@ import pyarrow.parquet as pq
 
 from fanfold.data.scratch import scratch_folder
 from fanfold.errors import DataError, InputError, PlanError
+from fanfold.job.compute import arrow_type
 from fanfold.job.finish import read_output
 from fanfold.job.request import Request
 from fanfold.job.run import run_job
+from fanfold.job.verbs import MAKERS, options_of
 from fanfold.job.work import merges
-from fanfold.tasks.embed import make_embed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fanfold.job.run import Display
+    from fanfold.tasks.task import Task
 
-_MODEL_OPTIONS = ("revision", "dtype", "max_length", "prefix_text", "prompt_name", "chunk", "overlap", "merge")
-_REQUEST_OPTIONS = ("limit", "prefix", "memory_per_unit", "max_failures", "compile")
+_REQUEST_OPTIONS = ("limit", "prefix", "memory_per_unit", "max_failures", "compile", "too_long")
 
 
-def embed_in_memory(
+def in_memory(
+    verb: str,
     data: Any,
     *,
     column: str,
-    model: str | None,
     on: str,
     on_error: str,
     display: Display | None = None,
     **options: Any,
 ) -> Any:
-    """Same kind out as in: an ndarray for texts, the frame with one more column for a frame."""
-    unknown = sorted(set(options) - {*_MODEL_OPTIONS, *_REQUEST_OPTIONS})
+    """Same kind out as in: for texts an ndarray where the result is a vector, else a dict each; a frame for a frame."""
+    known = options_of(verb)
+    unknown = sorted(set(options) - {*known, *_REQUEST_OPTIONS})
     if unknown:
         raise PlanError(
-            f"ff.embed(data, {', '.join(f'{name}=...' for name in unknown)})",
+            f"ff.{verb}(data, {', '.join(f'{name}=...' for name in unknown)})",
             found="options that have no meaning for data in memory",
-            allowed=", ".join((*_MODEL_OPTIONS, *_REQUEST_OPTIONS)),
-            do="leave them away, or give an output: ff.embed('docs.jsonl', 'out/', ...)",
+            allowed=", ".join((*known, *_REQUEST_OPTIONS)),
+            do=f"leave them away, or give an output: ff.{verb}('docs.jsonl', 'out/', ...)",
         )
-    task = make_embed(model=model, **{name: options.pop(name) for name in _MODEL_OPTIONS if name in options})
+    task = MAKERS[verb]()(**{name: options.pop(name) for name in known if name in options})
     if task.chunking is not None and not merges(task):
         raise PlanError(
-            f"ff.embed(data, chunk={task.chunking.tokens})",
+            f"ff.{verb}(data, chunk={task.chunking.tokens})",
             found="several vectors for one text",
             allowed="one vector for each text in memory",
-            do='add merge="mean", or give an output: ff.embed("docs.jsonl", "out/", chunk=...)',
+            do=f'add merge="mean", or give an output: ff.{verb}("docs.jsonl", "out/", chunk=...)',
         )
-    width = task.columns[0].width
+    request = {"column": column, "on": on, "on_error": on_error, **options}
     if isinstance(data, str | Path):
-        return _run(task, [str(data)], column, on, on_error, width, display, options)
-    texts = texts_of(data, column)
-    if not texts:
-        vectors = np.empty((0, width), dtype=np.float32)
-    elif on_error == "null" and all(text is None for text in texts):
-        vectors = np.full((len(texts), width), math.nan, dtype=np.float32)
-    else:
-        with scratch_folder() as folder:
+        return like(None, _run(task, [str(data)], display, request), options.get("prefix", ""))
+    with scratch_folder() as folder:
+        reading = task.reading(column)
+        if isinstance(reading, str):
+            texts = texts_of(data, column)
+            num_rows, is_missing = len(texts), all(text is None for text in texts)
             path = folder / "texts.parquet"
             pq.write_table(pa.table({"text": pa.array(texts, pa.large_string())}), path, compression="none")
-            vectors = _run(task, [str(path)], "text", on, on_error, width, display, options)
-    return like(data, vectors, options.get("prefix", "") + "embedding")
+            request["column"] = "text"
+        else:
+            records = records_of(data, column)
+            num_rows, is_missing = len(records), False
+            path = folder / "records.jsonl"
+            path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="ascii")
+        if not num_rows or (on_error == "null" and is_missing):
+            schema = pa.schema([(options.get("prefix", "") + c.name, arrow_type(c)) for c in task.columns])
+            results = schema.empty_table() if not num_rows else _all_null(schema, num_rows)
+        else:
+            results = _run(task, [str(path)], display, request)
+    return like(data, results, options.get("prefix", ""))
 
 
-def _run(
-    task: Any,
-    inputs: list[str],
-    column: str,
-    on: str,
-    on_error: str,
-    width: int,
-    display: Display | None,
-    options: dict[str, Any],
-) -> np.ndarray:
-    """float32 [n, d]; NaN rows for failed ones under `null`."""
+def _all_null(schema: pa.Schema, num_rows: int) -> pa.Table:
+    return pa.table([pa.nulls(num_rows, field.type) for field in schema], schema=schema)
+
+
+def _run(task: Task, inputs: list[str], display: Display | None, request: dict[str, Any]) -> pa.Table:
+    """The result columns, nulls for failed rows under `null`."""
     with scratch_folder() as folder:
-        out = folder / "out"
-        request = Request(
-            inputs=tuple(inputs),
-            out=out,
-            column=column,
-            on=on,
-            on_error=on_error,
-            keep="none",
-            sync=False,
-            **options,
-        )
-        run = run_job(task, request, display)
-        vectors = read_output(run.folder).column(options.get("prefix", "") + "embedding").combine_chunks()
-        if vectors.null_count:
-            filled = np.full((len(vectors), width), math.nan, dtype=np.float32)
-            filled[vectors.is_valid().to_numpy(zero_copy_only=False)] = _flat(vectors.drop_null(), width)
-            return filled
-        return _flat(vectors, width).copy()
+        asked = Request(inputs=tuple(inputs), out=folder / "out", keep="none", sync=False, **request)
+        run = run_job(task, asked, display)
+        prefix = request.get("prefix", "")
+        table = read_output(run.folder).select([prefix + column.name for column in task.columns])
+        return pa.table([_own(column) for column in table.columns], schema=table.schema)
 
 
-def _flat(vectors: pa.Array, width: int) -> np.ndarray:
-    flat: np.ndarray = vectors.flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(-1, width)
+def _own(column: pa.ChunkedArray) -> pa.Array:
+    """The column in memory of its own: what was read may be mapped from a file that is about to go."""
+    return pa.concat_arrays([*column.chunks, pa.nulls(0, column.type)]).take(pa.array(np.arange(len(column))))
+
+
+def _vectors(column: pa.Array) -> np.ndarray:
+    """float32 [n, d]; rows of NaN for nulls."""
+    width = column.type.list_size
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    found: np.ndarray = column.drop_null().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    if valid.all():
+        return found.copy()
+    filled = np.full((len(column), width), math.nan, dtype=np.float32)
+    filled[valid] = found
+    return filled
+
+
+def records_of(data: Any, column: str) -> list[dict[str, Any]]:
+    """The rows of any kind of data in memory as objects; texts become rows with the one column `column`."""
+    if isinstance(data, pa.Table | pa.RecordBatch):
+        return list(data.to_pylist())
+    if hasattr(data, "columns") and hasattr(data, "__getitem__"):  # a pandas or Polars frame
+        columns = {str(name): data[name].to_list() for name in data.columns}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if isinstance(data, list | tuple) and data and all(isinstance(row, dict) for row in data):
+        return list(data)
+    return [{column: text} for text in texts_of(data, column)]
 
 
 def texts_of(data: Any, column: str) -> list[str | None]:
@@ -119,7 +136,7 @@ def texts_of(data: Any, column: str) -> list[str | None]:
             texts.append(value)
         else:
             raise DataError(
-                f"embedding row {row}",
+                f"row {row} of the data",
                 found=f"a {type(value).__name__}: {value!r:.80}",
                 allowed="texts (str); None for a missing one",
                 do="convert the values, for example with map(str, values)",
@@ -153,26 +170,26 @@ def _column(data: Any, column: str) -> Sequence[Any]:
     raise _unknown(f"a {type(data).__name__}")
 
 
-def like(data: Any, vectors: np.ndarray, name: str) -> Any:
-    """The vectors themselves for texts; a copy of the frame or table with the column `name` for frames."""
+def like(data: Any, results: pa.Table, prefix: str) -> Any:
+    """For texts the vectors, or a dict a text; for a frame or table a copy of it with the result columns."""
     if isinstance(data, pa.Table | pa.RecordBatch):
-        column = _arrow_column(vectors)
-        return data.append_column(pa.field(name, column.type), column)
+        for field, column in zip(results.schema, results.columns, strict=True):
+            chunk = column.combine_chunks() if isinstance(data, pa.RecordBatch) else column
+            data = data.append_column(field, chunk)
+        return data
     if hasattr(data, "columns") and hasattr(data, "__getitem__"):
         if hasattr(data, "with_columns"):  # Polars
-            series = sys.modules["polars"].from_arrow(_arrow_column(vectors)).rename(name)
-            return data.with_columns(series)
+            return data.with_columns(sys.modules["polars"].from_arrow(results))
         frame = data.copy()
-        frame[name] = list(vectors)
+        for name in results.column_names:
+            column = results.column(name).combine_chunks()
+            vector = pa.types.is_fixed_size_list(column.type)
+            frame[name] = list(_vectors(column)) if vector else column.to_pylist()
         return frame
-    return vectors
-
-
-def _arrow_column(vectors: np.ndarray) -> pa.Array:
-    missing = np.isnan(vectors).all(axis=1) if vectors.size else None
-    flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
-    mask = pa.array(missing) if missing is not None and missing.any() else None
-    return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1], mask=mask)
+    if results.num_columns == 1 and pa.types.is_fixed_size_list(results.schema.types[0]):
+        return _vectors(results.column(0).combine_chunks())
+    names = {name: name.removeprefix(prefix) for name in results.column_names}
+    return [{names[name]: value for name, value in row.items()} for row in results.to_pylist()]
 
 
 def _no_column(column: str, names: list[str]) -> InputError:
@@ -186,7 +203,7 @@ def _no_column(column: str, names: list[str]) -> InputError:
 
 def _unknown(found: str) -> PlanError:
     return PlanError(
-        "ff.embed(data)",
+        "data in memory",
         found=found,
         allowed="a list of texts, a Series, a one-dimensional array, a pandas or Polars frame, an Arrow table, a path",
         do="convert the data to one of these",

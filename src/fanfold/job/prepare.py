@@ -37,7 +37,11 @@ ITEMS = pa.schema(
         ("id", pa.string()),  # the id column's value as JSON, null where none was named
     ]
 )
-ITEMS_IN_PARTS = ITEMS.append(pa.field("part", pa.int32()))  # of texts that are cut into parts
+PART = pa.field("part", pa.int32())  # of texts that are cut into parts
+MORE = pa.field("more", pa.list_(pa.int64()))  # where the task has more than ids for a row
+
+
+TOO_LONG = ("TooLong", "the text is longer than the model's limit (--max-length)")
 
 
 class Item(NamedTuple):
@@ -47,6 +51,8 @@ class Item(NamedTuple):
     part: int
     ids: np.ndarray
     name: Any  # the id column's value
+    cost: int
+    more: tuple[int, ...] | None = None
 
 
 class HashingFile:
@@ -103,25 +109,30 @@ def prepare_window(
             failures += chunk.failures
             rows = [(chunk.offset + i, text) for i, text in enumerate(chunk.texts) if text is not None]
             if rows:
-                prepared = opened.prepare([text for _, text in rows])
+                first = window.first_row
+                prepared = opened.prepare([text for _, text in rows], [first + offset for offset, _ in rows])
                 names = {} if chunk.ids is None else {chunk.offset + i: name for i, name in enumerate(chunk.ids)}
-                too_long: set[int] = set()
+                failed = dict(prepared.failures)
                 if work.output.too_long == "quarantine":
-                    too_long = set(prepared.truncated)
-                    failures += [_too_long(rows[i][0], names.get(rows[i][0])) for i in prepared.truncated]
+                    failed |= dict.fromkeys(prepared.truncated, TOO_LONG)
                 else:
                     truncated += len(prepared.truncated)
+                for i, (error, message) in sorted(failed.items()):
+                    offset = rows[i][0]
+                    failures.append(RowFailure(offset=offset, error=error, message=message, id=names.get(offset)))
                 parts = prepared.parts or [1] * len(rows)
                 for i, ((offset, _), stop) in enumerate(zip(rows, accumulate(parts), strict=True)):
-                    if i not in too_long:
-                        for part, ids in enumerate(prepared.ids[stop - parts[i] : stop]):
-                            items.append(Item(offset, part, ids, names.get(offset)))
+                    if i not in failed:
+                        for part, at in enumerate(range(stop - parts[i], stop)):
+                            ids = prepared.ids[at]
+                            cost = prepared.costs[at] if prepared.costs else len(ids)
+                            more = prepared.more[at] if prepared.more else None
+                            items.append(Item(offset, part, ids, names.get(offset), cost, more))
             kept.write_batch(chunk.kept)
             alive()
-    lengths = [len(item.ids) for item in items]
     plan = cut(
         range(len(items)),
-        lengths,
+        [item.cost for item in items],
         batch_tokens=work.numerics.batch_tokens,
         piece_batches=work.numerics.piece_batches,
     )
@@ -132,7 +143,7 @@ def prepare_window(
     return PreparedWindow(
         costs=plan.costs,
         rows=plan.rows,
-        tokens=sum(lengths),
+        tokens=sum(len(item.ids) for item in items),
         truncated=truncated,
         failures=tuple(failures),
         source_sha256=work.source.digest(window),
@@ -141,14 +152,11 @@ def prepare_window(
     )
 
 
-def _too_long(offset: int, row_id: Any) -> RowFailure:
-    return RowFailure(
-        offset=offset, error="TooLong", message="the text is longer than the model's limit (--max-length)", id=row_id
-    )
-
-
 def _write_items(path: Path, plan: Cut, items: list[Item], *, in_parts: bool) -> str:
-    schema = ITEMS_IN_PARTS if in_parts else ITEMS
+    schema = ITEMS.append(PART) if in_parts else ITEMS
+    has_more = bool(items) and items[0].more is not None
+    if has_more:
+        schema = schema.append(MORE)
     with HashingFile(path) as file, pa.ipc.new_file(pa.PythonFile(file, mode="w"), schema) as writer:
         for piece in plan.pieces:
             rows = [items[slot] for slot in plan.order[piece[0].start : piece[-1].stop]]
@@ -166,6 +174,8 @@ def _write_items(path: Path, plan: Cut, items: list[Item], *, in_parts: bool) ->
             ]
             if in_parts:
                 columns.append(pa.array([row.part for row in rows], pa.int32()))
+            if has_more:
+                columns.append(pa.array([row.more for row in rows], MORE.type))
             writer.write_batch(pa.record_batch(columns, schema=schema))
     return file.sha256
 

@@ -187,7 +187,9 @@ def _text_rows(path: Path, work: JobWork, names: list[str], first: int, count: i
             for at, column in enumerate(work.task.columns, num_places):
                 name = names[at]
                 value = record[name]
-                if isinstance(value, str) and column.kind != "text":
+                if isinstance(value, str) and column.kind == "float":
+                    value = float(value) if value else None
+                elif isinstance(value, str) and column.kind != "text":
                     value = json.loads(value) if value else None
                 if column.kind == "vector" and value is not None:
                     value = np.asarray(value, dtype=np.float32)

@@ -22,7 +22,7 @@ from fanfold.data.spool import SpoolSource
 from fanfold.data.urls import is_url
 from fanfold.engine.local import Local
 from fanfold.engine.schedule import LEASE_S, Schedule
-from fanfold.errors import DataError, InputError, PlanError, RequestError, ResumeError, Stopped
+from fanfold.errors import DataError, PlanError, RequestError, ResumeError, Stopped
 from fanfold.job import engines
 from fanfold.job.agenda import JobAgenda
 from fanfold.job.compiling import compile_for, compiled_as_asked, decide
@@ -121,7 +121,7 @@ def _run_job(
     say = display.say if display else _nobody
     source = open_source(
         request.inputs,
-        column=request.column,
+        column=task.reading(request.column),
         id_column=request.id,
         keep=request.keep,
         form="json" if output.format == "jsonl" else "typed",
@@ -364,7 +364,7 @@ def _uncompiled(where: Where) -> PlanError:
 
 
 def _numerics(task: Task, kind: str) -> Numerics:
-    numerics = Numerics(dtype=task.dtype, device="cuda" if kind == "cuda" else "cpu")
+    numerics = Numerics(dtype=task.dtype, device="cuda" if kind == "cuda" else "cpu", **task.numerics)
     width = sum(column.bytes_per_row for column in task.columns)
     return replace(numerics, windows_per_part=windows_per_part(numerics.window_rows, width))
 
@@ -443,6 +443,7 @@ def _run_record(
             "columns": [column.name for column in task.columns],
             **task.shown,
             "reference": task.reference,
+            "options": task.options,
             "flops_per_token": task.flops_per_token,
         },
         "machine": {"cpu": machine.cpu_name, "cores": machine.cores, "memory_bytes": machine.memory_bytes},
@@ -495,13 +496,3 @@ def _nothing() -> Iterator[None]:
 
 def _nobody(text: str) -> None:
     return None
-
-
-def missing_inputs() -> InputError:
-    """No input was named."""
-    return InputError(
-        "a job without inputs",
-        found="no INPUT",
-        allowed="files, folders, quoted globs, - or URLs",
-        do="name at least one, for example: fanfold embed docs.jsonl -o out/",
-    )

@@ -5,6 +5,7 @@ Whole batches, because the composition of a batch is part of the result. Every c
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from itertools import repeat
@@ -19,20 +20,20 @@ from fanfold.data.run_folder import RunFolder
 from fanfold.data.scratch import scratch_folder
 from fanfold.engine.engine import Desk
 from fanfold.errors import DifferenceFound, ResumeError
-from fanfold.job.compute import batches_of, compute_rows
+from fanfold.job.compute import batches_of, column_array, compute_rows
 from fanfold.job.fingerprint import check_same, fingerprint
 from fanfold.job.finish import hash_of, output_sha256
 from fanfold.job.opened import OpenedRun, open_existing
 from fanfold.job.prepare import prepare_window
 from fanfold.job.reopen import stored_results
 from fanfold.job.request import Request
+from fanfold.job.verbs import task_of
 from fanfold.job.window import window_of
 from fanfold.job.work import JobWork, OutputRules, items_name, merges, place_names
 from fanfold.machine.discover import discover
 from fanfold.machine.threads import held_threads
 from fanfold.plan.numerics import Numerics
 from fanfold.plan.plan import Unit
-from fanfold.tasks.embed import make_embed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from fanfold.tasks.task import Task
 
 Place = tuple[int, int | None]  # a record's offset within its window, and the part of its text
+Values = tuple[Any, ...]  # one result a column
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +102,7 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
     request = opened.run["request"]
     numerics = Numerics(**opened.run["plan"]["numerics"])
     stored = opened.run["fingerprint"]
-    task = make_embed(
-        model=model or opened.run["task"]["reference"],
-        dtype=numerics.dtype,
-        max_length=None if stored["task"].get("chunk") else stored["task"]["max_length"],
-        prefix_text=stored["task"]["prompt"],
-        **_chunk_options(stored["task"].get("chunk")),
-    )
+    task = task_of(opened.run, model)
     windows = {index: entry for index, entry in opened.windows.items() if sum(entry["rows"])}
     in_parts = "part" in place_names(task)
     rows_in = sum(
@@ -137,7 +133,7 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
         keep = request["keep"]
         source = open_source(
             request["inputs"],
-            column=request["column"],
+            column=task.reading(request["column"]),
             id_column=request["id"],
             keep=tuple(keep) if isinstance(keep, list) else keep,
             form="json" if opened.output.format == "jsonl" else "typed",
@@ -177,10 +173,6 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
             return _compare(work, opened, windows, sample, random.Random(seed), rows_in, store)
 
 
-def _chunk_options(chunk: dict[str, Any] | None) -> dict[str, Any]:
-    return {} if chunk is None else {"chunk": chunk["tokens"], "overlap": chunk["overlap"], "merge": chunk["merge"]}
-
-
 def _compare(
     work: JobWork,
     opened: OpenedRun,
@@ -217,14 +209,15 @@ def _compare(
             if merges(work.task):
                 pieces, offsets = _with_all_parts(reader, pieces)
                 offsets -= {offset for offset, _ in failed}
-            values: dict[Place, np.ndarray] = {}
+            values: dict[Place, Values] = {}
             tokens: dict[Place, int] = {}
             for piece in pieces:
                 for batch in batches_of(reader.get_batch(piece), piece):
                     places = [*zip(batch.offsets, batch.parts or repeat(None), strict=False)]
                     real = {i for i, place in enumerate(places) if place not in failed}
-                    result = compute_rows(loaded, batch, real)[work.task.columns[0].name]
-                    values.update((places[i], result[i]) for i in real)
+                    result, bad = compute_rows(loaded, batch, real)
+                    rows = _values(work.task, result)
+                    values.update((places[i], rows[i]) for i in real - bad.keys())
                     tokens.update((places[i], len(batch.ids[i])) for i in real)
                     batches += 1
         if merges(work.task):
@@ -232,10 +225,9 @@ def _compare(
         for (offset, part), value in values.items():
             compared += 1
             stored = expected.get((offset, part))
-            if stored is None or stored.tobytes() != value.tobytes():
+            if stored is None or not _same(stored, value):
                 differing.append(window.first_row + offset)
-                if stored is not None:
-                    worst = max(worst, float(np.max(np.abs(stored - value))))
+                worst = max(worst, math.inf if stored is None else _distance(stored, value))
     verdict = Verdict(
         rows_in=rows_in,
         rows_compared=compared,
@@ -290,16 +282,55 @@ def _find_window(work: JobWork, opened: OpenedRun, index: int) -> Any:
     )
 
 
-def _stored_rows(work: JobWork, opened: OpenedRun, window: Window) -> dict[Place, np.ndarray]:
-    """(offset, part) -> stored vector, for the rows of one window."""
+def _values(task: Task, results: dict[str, Any]) -> list[Values]:
+    """The results row by row, as they will stand in the output."""
+    arrays = [column_array([results[column.name]], column) for column in task.columns]
+    return _rows_of(arrays)
+
+
+def _rows_of(arrays: list[pa.Array]) -> list[Values]:
+    columns: list[Any] = []
+    for array in arrays:
+        if pa.types.is_fixed_size_list(array.type):
+            columns.append(array.flatten().to_numpy().reshape(len(array), -1))
+        else:
+            columns.append(array.to_pylist())
+    return list(zip(*columns, strict=True))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal to the bit, NaN and the sign of zero included."""
+    if isinstance(a, np.ndarray):
+        return bool(a.tobytes() == b.tobytes())
+    if isinstance(a, tuple):
+        return all(map(_same, a, b))
+    return repr(a) == repr(b)
+
+
+def _distance(a: Any, b: Any) -> float:
+    """The largest difference between numbers; infinite where anything else differs."""
+    if _same(a, b):
+        return 0.0
+    if isinstance(a, np.ndarray):
+        return float(np.max(np.abs(a - b)))
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b)
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return max(_distance(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return max(map(_distance, a, b))
+    return math.inf
+
+
+def _stored_rows(work: JobWork, opened: OpenedRun, window: Window) -> dict[Place, Values]:
+    """(offset, part) -> stored results, for the rows of one window."""
     part = next(part for part in opened.parts if part["first"] <= window.index <= part["last"])
     path = opened.output.file or opened.store.file(part["name"])
     table = stored_results(work, path, window.first_row, window.num_rows)
-    column = work.task.columns[0].name
-    vectors = table.column(column).combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+    values = _rows_of([table.column(column.name).combine_chunks() for column in work.task.columns])
     in_parts = "part" in place_names(work.task)
     parts = table.column("part").to_pylist() if in_parts else [None] * table.num_rows
-    return dict(zip(zip(table.column("offset").to_pylist(), parts, strict=True), vectors, strict=True))
+    return dict(zip(zip(table.column("offset").to_pylist(), parts, strict=True), values, strict=True))
 
 
 def _with_all_parts(reader: Any, pieces: list[int]) -> tuple[list[int], set[int]]:
@@ -310,20 +341,20 @@ def _with_all_parts(reader: Any, pieces: list[int]) -> tuple[list[int], set[int]
 
 
 def _merged(
-    task: Task, values: dict[Place, np.ndarray], tokens: dict[Place, int], offsets: set[int]
-) -> dict[Place, np.ndarray]:
-    """One vector for each of these records."""
-    column = task.columns[0].name
+    task: Task, values: dict[Place, Values], tokens: dict[Place, int], offsets: set[int]
+) -> dict[Place, Values]:
+    """One row of results for each of these records."""
+    names = [column.name for column in task.columns]
     places: dict[int, list[Place]] = {offset: [] for offset in offsets}
     for place in sorted(values):
         if place[0] in places:
             places[place[0]].append(place)
-    return {
-        (offset, None): task.merge_parts({column: np.stack([values[p] for p in parts])}, [tokens[p] for p in parts])[
-            column
-        ]
-        for offset, parts in places.items()
-    }
+    found: dict[Place, Values] = {}
+    for offset, parts in places.items():
+        of_parts = {name: np.stack([values[place][at] for place in parts]) for at, name in enumerate(names)}
+        merged = task.merge_parts(of_parts, [tokens[place] for place in parts])
+        found[offset, None] = tuple(merged[name] for name in names)
+    return found
 
 
 def _check_sums(opened: OpenedRun) -> None:

@@ -16,7 +16,7 @@ from fanfold.tasks import compiled
 from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, first_of, num_matmul_weights
 from fanfold.tasks.chunking import Chunking, make_chunking, mean_of_parts, prepared_parts
 from fanfold.tasks.pooling import Head, num_positions, read_head, weights_of
-from fanfold.tasks.task import Column, Prepared
+from fanfold.tasks.task import Column, ModelBatch, Prepared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from fanfold.data.reading import Reading
     from fanfold.plan.numerics import Dtype, Numerics
     from fanfold.plan.plan import Unit
 
@@ -78,6 +79,23 @@ class Embed:
             "prompt": self.prompt,
             **({"chunk": self.chunking.record} if self.chunking else {}),
         }
+
+    def reading(self, column: str) -> Reading:
+        return column
+
+    @property
+    def options(self) -> dict[str, Any]:
+        chunk = self.chunking.record if self.chunking else {}
+        return {
+            "dtype": self.dtype,
+            "prefix_text": self.prompt,
+            **({"chunk": chunk["tokens"], "overlap": chunk["overlap"], "merge": chunk["merge"]} if chunk else {}),
+            **({} if chunk else {"max_length": self.max_length}),
+        }
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        return {}
 
     @property
     def reference(self) -> str:
@@ -223,9 +241,10 @@ def _compare(eager: EmbedOnUnit, other: EmbedOnUnit, numerics: Numerics) -> None
     longest = min(eager.task.max_length, numerics.batch_tokens)
     for num_rows, length in ((1, min(3, longest)), (7, min(33, longest)), (numerics.batch_tokens // longest, longest)):
         ids = [chance.integers(0, vocabulary, max(1, length - row), dtype=np.int32) for row in range(num_rows)]
-        a = eager.compute(ids, length)["embedding"]
+        batch = ModelBatch(ids=ids, length=length)
+        a = eager.compute(batch)["embedding"]
         try:
-            b = other.compute(ids, length)["embedding"]
+            b = other.compute(batch)["embedding"]
         except Exception as error:  # a library raises what its author thought of
             raise PlanError(
                 f"--compile on with {eager.task.checkpoint.shown}",
@@ -263,7 +282,7 @@ class EmbedOnUnit:
 
     # -- tokens ---------------------------------------------------------------------------------------
 
-    def prepare(self, texts: Sequence[str]) -> Prepared:
+    def prepare(self, texts: Sequence[str], rows: Sequence[int] = ()) -> Prepared:
         """Texts -> token ids with special tokens, cut to the length limit or into parts."""
         import numpy as np
 
@@ -273,8 +292,8 @@ class EmbedOnUnit:
         if self.task.chunking is not None:
             whole = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
             head, tail = self._ends
-            rows = (np.asarray(row, dtype=np.int32) for row in whole["input_ids"])
-            return prepared_parts(rows, self.task.chunking, head=head, tail=tail)
+            uncut = (np.asarray(row, dtype=np.int32) for row in whole["input_ids"])
+            return prepared_parts(uncut, self.task.chunking, head=head, tail=tail)
         found = tokenizer(
             texts, truncation=True, max_length=limit, return_attention_mask=False, return_token_type_ids=False
         )
@@ -413,11 +432,12 @@ class EmbedOnUnit:
         linear.load_state_dict({name.removeprefix("linear."): value.to(dtype) for name, value in state.items()})
         return linear.eval(), getattr(torch.nn, dense.activation)()
 
-    def compute(self, ids: Sequence[np.ndarray], length: int) -> dict[str, Any]:
+    def compute(self, batch: ModelBatch) -> dict[str, Any]:
         """Rows of token ids -> {"embedding": float32 [B, D]}. Padding stands on the right."""
         import numpy as np
         import torch
 
+        ids, length = batch.ids, batch.length
         if self._forward is None:
             self.load()
         assert self._forward is not None

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fanfold.tasks.chunking import Chunking, mean_of_parts, prepared_parts
-from fanfold.tasks.task import Column, Prepared
+from fanfold.tasks.task import Column, ModelBatch, Prepared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
 
+    from fanfold.data.reading import Reading
     from fanfold.plan.numerics import Dtype, Numerics
     from fanfold.plan.plan import Unit
 
@@ -63,6 +64,17 @@ class FakeTask:
         settings = {"task": self.name, "width": self.width, "max_length": self.max_length, "version": self.version}
         return {**settings, **({"chunk": self.chunking.record} if self.chunking else {})}
 
+    def reading(self, column: str) -> Reading:
+        return column
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        return {}
+
     @property
     def shown(self) -> dict[str, str]:
         return {"model": f"fake of width {self.width}"}
@@ -88,7 +100,7 @@ class FakeOnUnit:
         self._hogs: list[bytearray] = []
         self._faults = {text.encode()[: task.max_length]: fault for text, fault in task.faults.items()}
 
-    def prepare(self, texts: Sequence[str]) -> Prepared:
+    def prepare(self, texts: Sequence[str], rows: Sequence[int] = ()) -> Prepared:
         import numpy as np
 
         limit = self.task.max_length
@@ -108,9 +120,10 @@ class FakeOnUnit:
         if self.task.load_fault:
             self._cause(self.task.load_fault)
 
-    def compute(self, ids: Sequence[np.ndarray], length: int) -> dict[str, Any]:
+    def compute(self, batch: ModelBatch) -> dict[str, Any]:
         import numpy as np
 
+        ids, length = batch.ids, batch.length
         if self.task.calls_path:
             fd = os.open(self.task.calls_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             os.write(fd, b".")
