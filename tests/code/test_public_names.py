@@ -34,6 +34,7 @@ NAMES = [
     "TopK",
     "Vote",
     "Weighted",
+    "classify",
     "embed",
     "fold",
     "map",

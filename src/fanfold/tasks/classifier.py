@@ -96,7 +96,9 @@ class Classifier:
             config.pad_token_id = self._pad_id
             self._every_position = []
             model.score.register_forward_hook(lambda _, __, output: self._every_position.append(output))
-        self._takes = frozenset(inspect.signature(model.forward).parameters)
+        # What the tokenizer does not give is not the same as zeros: GPT-2 takes them for tokens.
+        taken = set(inspect.signature(model.forward).parameters)
+        self._takes = frozenset(taken & {"use_cache", *self.tokenizer.model_input_names})
         self._model = model
         self._left = self.member.checkpoint.model_type == "xlnet"  # its summary is the last position
         try:

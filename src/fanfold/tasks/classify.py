@@ -84,6 +84,13 @@ class Classify:
         return (*best, Column(name="labels", kind="records", fields=best)) if self.ranks else best
 
     def reading(self, column: str) -> Reading:
+        if self.pair == column:
+            raise RequestError(
+                f"--pair {self.pair}",
+                found=f"--column {column}: the same column",
+                allowed="two columns",
+                do="name the column of the second text with --pair",
+            )
         return column if self.pair is None else ((column, self.pair),)
 
     @property

@@ -61,9 +61,7 @@ def tokens_of(
             goes_on = len(word) != len(there) if has_prefix else start > 0 and " " not in text[start - 1 : start + 1]
             if token == tokenizer.unk_token_id:
                 word, goes_on = there, False
-        found.append(
-            Token(index=index, word=word, scores=scores_LC[index], start=start, end=end, goes_on=goes_on)
-        )
+        found.append(Token(index=index, word=word, scores=scores_LC[index], start=start, end=end, goes_on=goes_on))
     return found
 
 

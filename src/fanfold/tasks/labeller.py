@@ -127,6 +127,7 @@ class ClassifyOnUnit:
 
     def compute(self, batch: ModelBatch) -> dict[str, Any]:
         """Rows -> {"label": [B], "score": [B], and "labels": [B] of lists where asked}, or {"entities": [B]}."""
+        self.load()
         if self.task.head.kind == "token":
             return {"entities": self._entities(batch)}
         from fanfold.tasks import scores
@@ -182,10 +183,7 @@ class ClassifyOnUnit:
         found: list[tuple[list[np.ndarray], int]] = []
         for m in range(len(self.models)):
             places = slice(m * per_model, (m + 1) * per_model)
-            if not batch.more:
-                length = batch.length
-            else:
-                length = max(max(lengths[places]) for lengths in batch.more)
+            length = max(max(lengths[places]) for lengths in batch.more) if batch.more else batch.length
             sequences: list[np.ndarray] = []
             for row, ids in enumerate(batch.ids):
                 if row in batch.left_out:
@@ -240,23 +238,25 @@ class ClassifyOnUnit:
         return rows
 
 
-def _pairs(
-    texts: Sequence[str], pair: str, failures: dict[int, tuple[str, str]]
-) -> tuple[list[str], list[str]]:
+def _pairs(texts: Sequence[str], pair: str, failures: dict[int, tuple[str, str]]) -> tuple[list[str], list[str]]:
     """Both texts of each row; rows without them are failures, and empty here."""
+    from fanfold.data.kept import words_for
+
     firsts, seconds = [], []
     for i, text in enumerate(texts):
         found = json.loads(text)
-        both = {name: found[name] for name in (column, pair) if name in found}
-        for name in (column, pair):
-            if name not in both:
+        names = [*(name for name in found if name != pair), pair]
+        for name in names:
+            if name not in found:
                 failures[i] = ("MissingColumn", f"no column '{name}'")
-            elif both[name] is None:
+            elif found[name] is None:
                 failures[i] = ("NullText", f"column '{name}' is null")
-            elif not isinstance(both[name], str):
-                failures[i] = ("NotText", f"column '{name}' holds {words(both[name])}, not a string")
-        firsts.append("" if i in failures else both[column])
-        seconds.append("" if i in failures else both[pair])
+            elif not isinstance(found[name], str):
+                failures[i] = ("NotText", f"column '{name}' holds {words_for(found[name])}, not a string")
+        if len(names) == 1 and i not in failures:
+            failures[i] = ("MissingColumn", f"no first text beside the column '{pair}'")
+        firsts.append("" if i in failures else found[names[0]])
+        seconds.append("" if i in failures else found[pair])
     return firsts, seconds
 
 

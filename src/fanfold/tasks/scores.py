@@ -26,7 +26,8 @@ def scores_of(logits_BC: np.ndarray, function: Function) -> np.ndarray:
     """
     if function == "sigmoid":
         with np.errstate(over="ignore"):  # exp(-x) of a very small x is inf, and the score 0
-            return 1.0 / (1.0 + np.exp(-logits_BC))
+            result: np.ndarray = 1.0 / (1.0 + np.exp(-logits_BC))
+        return result
     return softmax(logits_BC) if function == "softmax" else logits_BC
 
 
