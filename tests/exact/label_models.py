@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import checkpoints
-from checkpoints import FAMILIES, POSITIONS, WIDTH, Family
+from checkpoints import FAMILIES, OTHERS, POSITIONS, WIDTH, Family
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,7 +80,7 @@ MORE = {
         padding_side="left",
     ),
 }
-FAMILIES.update({name: family for name, family in MORE.items() if name not in FAMILIES})
+OTHERS.update(MORE)
 _PAIRS = {  # a family's template -> of a text, of a pair; behind a colon the token's type
     "[CLS] $A [SEP]": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
     "<s> $A </s>": ("<s> $A </s>", "<s> $A </s> </s> $B </s>"),
@@ -110,7 +110,7 @@ def _teach_pairs(folder: Path, family: str) -> None:
     import tokenizers
     from tokenizers import processors
 
-    kind = FAMILIES[family]
+    kind = {**FAMILIES, **OTHERS}[family]
     path = str(folder / "tokenizer.json")
     made = tokenizers.Tokenizer.from_file(path)
     single, pair = _PAIRS[kind.template]
