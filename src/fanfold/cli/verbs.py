@@ -7,7 +7,7 @@ import json
 import os
 from contextvars import ContextVar
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 from cyclopts import Parameter
 
@@ -121,7 +121,7 @@ def _described(kind: type[Flags], name: str, hint: Any) -> Any:
     settings: dict[str, Any] = {"help": MEANING.get(f"{kind.verb}.{name}") or MEANING[name]}
     if name in _NAMES:
         settings["name"] = list(_NAMES[name])
-    if hint is bool:
+    if hint is bool or get_origin(hint) is tuple:
         settings["negative"] = ""
     return Annotated[hint, Parameter(**settings)]
 

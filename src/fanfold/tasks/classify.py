@@ -244,13 +244,14 @@ def make_classify(
             do="add --model, for example --model distilbert-base-uncased-finetuned-sst-2-english",
         )
     candidates = _candidates(labels, hypothesis_template)
-    _check_flags(refs, top_k, threshold, aggregation, merge)
+    _check_flags(refs, top_k, aggregation, merge)
     members = _members(refs, revision, max_length, zero_shot=bool(candidates))
     first = members[0]
     if first.head.kind == "token":
-        _check_token_head(first, pair=pair, labels=labels, top_k=top_k, multi_label=multi_label, models=len(refs))
+        _check_token_head(first, pair=pair, top_k=top_k, multi_label=multi_label, models=len(refs))
     elif aggregation is not None:
-        raise _misfit(first, f"--aggregation {aggregation}", "a model with a head of token classification")
+        allowed = "a model with a head of token classification"
+        raise _misfit(first.checkpoint, first.head, f"--aggregation {aggregation}", allowed)
     if candidates and pair is not None:
         raise RequestError(
             f"--labels with --pair {pair}",
@@ -269,6 +270,10 @@ def make_classify(
             found="one label" if top_k is None and not multi_label else "--top-k or --multi-label",
             allowed="vote where models choose one of several labels",
             do="use --merge mean",
+        )
+    if threshold is not None and function != "none" and not 0 <= threshold <= 1:
+        raise RequestError(
+            f"--threshold {threshold:g}", found="no probability", allowed="0 to 1", do="choose such a number"
         )
     ranks = top_k is not None or multi_label
     if threshold is not None and first.head.kind == "sequence" and not ranks:
@@ -299,15 +304,9 @@ def make_classify(
     )
 
 
-def _check_flags(
-    refs: Sequence[str], top_k: int | None, threshold: float | None, aggregation: str | None, merge: str | None
-) -> None:
+def _check_flags(refs: Sequence[str], top_k: int | None, aggregation: str | None, merge: str | None) -> None:
     if top_k is not None and top_k < 1:
         raise RequestError(f"--top-k {top_k}", found="no label", allowed="1 or more", do="choose a number")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise RequestError(
-            f"--threshold {threshold:g}", found="no probability", allowed="0 to 1", do="choose such a number"
-        )
     if aggregation is not None and aggregation not in AGGREGATIONS:
         raise RequestError(
             f"--aggregation {aggregation}",
@@ -355,7 +354,9 @@ def _members(
 
 
 def _check_inference(checkpoint: Checkpoint, head: LabelHead) -> None:
-    if head.kind == "sequence" and head.entailment is not None and len(head.labels) > 1:
+    if head.kind == "token":
+        raise _misfit(checkpoint, head, "--labels", "a model of natural language inference")
+    if head.entailment is not None and len(head.labels) > 1:
         return
     raise PlanError(
         f"--labels with {checkpoint.shown}",
@@ -365,26 +366,22 @@ def _check_inference(checkpoint: Checkpoint, head: LabelHead) -> None:
     )
 
 
-def _check_token_head(
-    member: Member, *, pair: str | None, labels: Any, top_k: int | None, multi_label: bool, models: int
-) -> None:
+def _check_token_head(member: Member, *, pair: str | None, top_k: int | None, multi_label: bool, models: int) -> None:
     given = {
         "--pair": pair is not None,
-        "--labels": labels is not None,
         "--top-k": top_k is not None,
         "--multi-label": multi_label,
         "several --model": models > 1,
     }
     for flag, is_given in given.items():
         if is_given:
-            raise _misfit(member, flag, "a model with a head of sequence classification")
+            raise _misfit(member.checkpoint, member.head, flag, "a model with a head of sequence classification")
 
 
-def _misfit(member: Member, flag: str, allowed: str) -> PlanError:
-    kind = member.head.kind
+def _misfit(checkpoint: Checkpoint, head: LabelHead, flag: str, allowed: str) -> PlanError:
     return PlanError(
-        f"{flag} with {member.checkpoint.shown}",
-        found=f"a head of {kind} classification",
+        f"{flag} with {checkpoint.shown}",
+        found=f"a head of {head.kind} classification",
         allowed=allowed,
         do=f"leave {flag.split(' ')[0]} away, or choose another model",
     )
