@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fanfold.job.classify import classify as classify
     from fanfold.job.embed import embed as embed
     from fanfold.job.engines import shutdown as shutdown
     from fanfold.job.fold import fold as fold
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from fanfold.merge import Weighted as Weighted
 
 _PUBLIC = {
+    "classify": "fanfold.job.classify",
     "embed": "fanfold.job.embed",
     "fold": "fanfold.job.fold",
     "map": "fanfold.job.fold",
@@ -79,6 +81,7 @@ __all__ = [
     "TopK",
     "Vote",
     "Weighted",
+    "classify",
     "embed",
     "fold",
     "map",

@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 from fanfold import __version__
 from fanfold.cli.equal import equal
 from fanfold.cli.verbs import color_of, told, verb_command
-from fanfold.job.command import EmbedFlags
+from fanfold.job.command import ClassifyFlags, EmbedFlags
 
 app = App(
     name="fanfold",
@@ -20,7 +20,10 @@ app = App(
 )
 
 
-for _flags, _summary in ((EmbedFlags, "Turn texts into vectors: INPUT... -o OUT."),):
+for _flags, _summary in (
+    (EmbedFlags, "Turn texts into vectors: INPUT... -o OUT."),
+    (ClassifyFlags, "Give texts, or pairs of texts, labels and scores: INPUT... -o OUT --model MODEL."),
+):
     app.command(verb_command(_flags, _summary))
 
 

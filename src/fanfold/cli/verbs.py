@@ -7,7 +7,7 @@ import json
 import os
 from contextvars import ContextVar
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 from cyclopts import Parameter
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DASH = "\0-"  # a bare "-" on its way through the parser
 GIVEN: ContextVar[frozenset[str]] = ContextVar("GIVEN", default=frozenset())  # names of the flags given
 
+# Of a flag; of a verb's own where it means something else there.
 MEANING = {
     "inputs": "Files, folders, quoted globs, - for JSONL on stdin, or URLs: JSONL, CSV, Parquet, text (a row a line).",
     "out": "A folder, or a file .parquet, .jsonl or .csv; - for rows on stdout.",
@@ -36,6 +37,15 @@ MEANING = {
     "chunk": "Cut long texts into parts of so many tokens, a row each (columns record and part).",
     "overlap": "Tokens that a part shares with the one before.",
     "merge": "mean: one vector a text again, the mean over its parts.",
+    "classify.model": "A model folder or a Hugging Face id; several times for an ensemble.",
+    "classify.merge": "How several models become one answer: mean (of their scores), or vote.",
+    "pair": "The column of the second text: a pair of texts is one row, as for reranking.",
+    "labels": "Labels of your own, with commas, for a model of natural language inference (zero-shot).",
+    "hypothesis_template": "The sentence a label is put into, {} for the label; 'This example is {}.' if left away.",
+    "top_k": "Also a column labels: so many labels with their scores, the best first.",
+    "multi_label": "Every label for itself: a column labels of those that reach the threshold.",
+    "threshold": "The least score of what stands in labels or entities; 0.5 with --multi-label alone.",
+    "aggregation": "How tokens become entities: none, simple (if left away), first, average, max.",
     "dtype": "float32 or bfloat16.",
     "revision": "The model's commit, tag or branch on the hub.",
     "on_error": "Failed rows: quarantine (set aside), null (kept with empty results), or stop.",
@@ -89,12 +99,14 @@ def verb_command(kind: type[Flags], summary: str) -> Callable[..., int]:
         return told(run, shown["json_"])
 
     hints = get_type_hints(kind)
-    hints["keep"] = str
+    hints |= {"keep": str, "labels": str | None}  # names with commas
     wanted = {field.name: (hints[field.name], field.default) for field in fields(kind) if field.name != "inputs"}
-    parameters = [inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL, annotation=_described("inputs", str))]
+    parameters = [
+        inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL, annotation=_described(kind, "inputs", str))
+    ]
     for name, (hint, default) in {**wanted, **_SHOWN}.items():
         assert default is not MISSING
-        annotation = _described(name, hint)
+        annotation = _described(kind, name, hint)
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
@@ -105,11 +117,11 @@ def verb_command(kind: type[Flags], summary: str) -> Callable[..., int]:
     return command
 
 
-def _described(name: str, hint: Any) -> Any:
-    settings: dict[str, Any] = {"help": MEANING[name]}
+def _described(kind: type[Flags], name: str, hint: Any) -> Any:
+    settings: dict[str, Any] = {"help": MEANING.get(f"{kind.verb}.{name}") or MEANING[name]}
     if name in _NAMES:
         settings["name"] = list(_NAMES[name])
-    if hint is bool:
+    if hint is bool or get_origin(hint) is tuple:
         settings["negative"] = ""
     return Annotated[hint, Parameter(**settings)]
 

@@ -23,8 +23,14 @@ def _embed() -> Callable[..., Task]:
     return make_embed
 
 
+def _classify() -> Callable[..., Task]:
+    from fanfold.tasks.classify import make_classify
+
+    return make_classify
+
+
 # verb -> the maker of its task, imported when it is asked for; its keywords are the verb's flags
-MAKERS: dict[str, Callable[[], Callable[..., Task]]] = {"embed": _embed}
+MAKERS: dict[str, Callable[[], Callable[..., Task]]] = {"embed": _embed, "classify": _classify}
 
 
 def options_of(verb: str) -> tuple[str, ...]:
