@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fanfold.job.classify import classify as classify
     from fanfold.job.embed import embed as embed
     from fanfold.job.engines import shutdown as shutdown
     from fanfold.job.fold import fold as fold
     from fanfold.job.fold import map as map
     from fanfold.job.generate import generate as generate
+    from fanfold.job.parallel import parallel as parallel
     from fanfold.job.verify import verify as verify
     from fanfold.merge import ArgMax as ArgMax
     from fanfold.merge import Concat as Concat
@@ -38,10 +40,12 @@ if TYPE_CHECKING:
     from fanfold.merge import Weighted as Weighted
 
 _PUBLIC = {
+    "classify": "fanfold.job.classify",
     "embed": "fanfold.job.embed",
     "fold": "fanfold.job.fold",
     "generate": "fanfold.job.generate",
     "map": "fanfold.job.fold",
+    "parallel": "fanfold.job.parallel",
     "verify": "fanfold.job.verify",
     "shutdown": "fanfold.job.engines",
     "ArgMax": "fanfold.merge",
@@ -79,10 +83,12 @@ __all__ = [
     "TopK",
     "Vote",
     "Weighted",
+    "classify",
     "embed",
     "fold",
     "generate",
     "map",
+    "parallel",
     "shutdown",
     "verify",
 ]

@@ -128,6 +128,8 @@ FAMILIES = {
     ),
 }
 
+OTHERS: dict[str, Family] = {}  # families that are not for embedding: label_models.py
+
 
 @functools.cache
 def docstrings() -> tuple[str, ...]:
@@ -177,7 +179,7 @@ def write_tokenizer(folder: Path, family: str, *, template: str | None = None, *
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    kind = FAMILIES[family]
+    kind = FAMILIES.get(family) or OTHERS[family]
     made = tokenizers.Tokenizer.from_str(_trained(kind.tokens, kind.specials))
     around = kind.template if template is None else template
     if around:
@@ -196,7 +198,7 @@ def write_model(folder: Path, family: str, *, seed: int = 0, model: str | None =
     import torch
     import transformers
 
-    kind = FAMILIES[family]
+    kind = FAMILIES.get(family) or OTHERS[family]
     options = {"vocab_size": VOCAB, "initializer_range": SPREAD, **kind.settings, **settings}
     if family in ("distilbert", "t5"):
         options.pop("initializer_range")

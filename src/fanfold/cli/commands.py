@@ -8,8 +8,9 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from fanfold import __version__
+from fanfold.cli.equal import equal
 from fanfold.cli.verbs import color_of, told, verb_command
-from fanfold.job.command import EmbedFlags, GenerateFlags
+from fanfold.job.command import ClassifyFlags, EmbedFlags, GenerateFlags
 
 app = App(
     name="fanfold",
@@ -21,6 +22,7 @@ app = App(
 
 for _flags, _summary in (
     (EmbedFlags, "Turn texts into vectors: INPUT... -o OUT."),
+    (ClassifyFlags, "Give texts, or pairs of texts, labels and scores: INPUT... -o OUT --model MODEL."),
     (GenerateFlags, "Let a language model answer every row: INPUT... -o OUT --model REF."),
 ):
     app.command(verb_command(_flags, _summary))
@@ -55,6 +57,9 @@ def run_file(
 
     run = run_config(job, as_json=json_, quiet=quiet, color=color_of(no_color))
     return told(run, json_)
+
+
+app.command(equal)
 
 
 @app.command

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DASH = "\0-"  # a bare "-" on its way through the parser
 GIVEN: ContextVar[frozenset[str]] = ContextVar("GIVEN", default=frozenset())  # names of the flags given
 
+# Of a flag; of a verb's own where it means something else there.
 MEANING = {
     "inputs": "Files, folders, quoted globs, - for JSONL on stdin, or URLs: JSONL, CSV, Parquet, text (a row a line).",
     "out": "A folder, or a file .parquet, .jsonl or .csv; - for rows on stdout.",
@@ -36,6 +37,10 @@ MEANING = {
     "chunk": "Cut long texts into parts of so many tokens, a row each (columns record and part).",
     "overlap": "Tokens that a part shares with the one before.",
     "merge": "mean: one vector a text again, the mean over its parts.",
+    "generate.model": "A model folder or a Hugging Face id of a language model.",
+    "generate.column": "The column that holds the prompt, or with --chat what the user says.",
+    "generate.too_long": "Prompts longer than the model's context: truncate (the end stays; counted), or quarantine.",
+    "generate.top_k": "Draw among so many tokens.",
     "prompt": "A prompt over columns instead, for example 'Summarise: {text}'.",
     "chat": "Put the prompt into the model's chat template, as what the user says; a column of messages is a chat.",
     "system": "What the system says before everything else; in a chat.",
@@ -44,13 +49,21 @@ MEANING = {
     "stop": "End an answer with this text; may be given several times.",
     "temperature": "Draw tokens; above 1 flatter, below 1 sharper; 0 takes the most probable one.",
     "top_p": "Draw among the most probable tokens that together have this share.",
-    "top_k": "Draw among so many tokens.",
     "min_p": "Draw among tokens with at least this share of the most probable one's.",
     "repetition_penalty": "Make tokens that stand there already less probable (above 1).",
     "seed": "Draws depend on it, on the row and on the position, and on nothing else.",
     "full_text": "Put the prompt before its answer in generated_text.",
     "json_schema": "A file with a JSON Schema that every answer keeps to.",
     "kv_memory": "What a unit may hold of keys and values (1.5GB if left away); more lets more rows share a step.",
+    "classify.model": "A model folder or a Hugging Face id; several times for an ensemble.",
+    "classify.merge": "How several models become one answer: mean (of their scores), or vote.",
+    "pair": "The column of the second text: a pair of texts is one row, as for reranking.",
+    "labels": "Labels of your own, with commas, for a model of natural language inference (zero-shot).",
+    "hypothesis_template": "The sentence a label is put into, {} for the label; 'This example is {}.' if left away.",
+    "top_k": "Also a column labels: so many labels with their scores, the best first.",
+    "multi_label": "Every label for itself: a column labels of those that reach the threshold.",
+    "threshold": "The least score of what stands in labels or entities; 0.5 with --multi-label alone.",
+    "aggregation": "How tokens become entities: none, simple (if left away), first, average, max.",
     "dtype": "float32 or bfloat16.",
     "revision": "The model's commit, tag or branch on the hub.",
     "on_error": "Failed rows: quarantine (set aside), null (kept with empty results), or stop.",
@@ -105,12 +118,14 @@ def verb_command(kind: type[Flags], summary: str) -> Callable[..., int]:
         return told(run, shown["json_"])
 
     hints = get_type_hints(kind)
-    hints["keep"] = str
+    hints |= {"keep": str, "labels": str | None}  # names with commas
     wanted = {field.name: (hints[field.name], field.default) for field in fields(kind) if field.name != "inputs"}
-    parameters = [inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL, annotation=_described("inputs", str))]
+    parameters = [
+        inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL, annotation=_described(kind, "inputs", str))
+    ]
     for name, (hint, default) in {**wanted, **_SHOWN}.items():
         assert default is not MISSING
-        annotation = _described(name, hint)
+        annotation = _described(kind, name, hint)
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
@@ -121,8 +136,8 @@ def verb_command(kind: type[Flags], summary: str) -> Callable[..., int]:
     return command
 
 
-def _described(name: str, hint: Any) -> Any:
-    settings: dict[str, Any] = {"help": MEANING[name]}
+def _described(kind: type[Flags], name: str, hint: Any) -> Any:
+    settings: dict[str, Any] = {"help": MEANING.get(f"{kind.verb}.{name}") or MEANING[name]}
     if name in _NAMES:
         settings["name"] = list(_NAMES[name])
     if hint is bool or get_origin(hint) is tuple:

@@ -80,7 +80,25 @@ class GenerateFlags(Flags):
     verb: ClassVar[str] = "generate"
 
 
-FLAGS: dict[str, type[Flags]] = {flags.verb: flags for flags in (EmbedFlags, GenerateFlags)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifyFlags(Flags):
+    """The flags of `fanfold classify`."""
+
+    model: tuple[str, ...] = ()  # type: ignore[assignment]  # several are an ensemble
+    pair: str | None = None
+    labels: str | tuple[str, ...] | None = None
+    hypothesis_template: str | None = None
+    top_k: int | None = None
+    multi_label: bool = False
+    threshold: float | None = None
+    aggregation: str | None = None
+    max_length: int | None = None
+    merge: str | None = None
+
+    verb: ClassVar[str] = "classify"
+
+
+FLAGS: dict[str, type[Flags]] = {flags.verb: flags for flags in (EmbedFlags, ClassifyFlags, GenerateFlags)}
 
 
 def run_verb(
@@ -191,15 +209,13 @@ def _checked(flags: Flags, values: dict[str, Any], path: Path, given: frozenset[
             allowed=", ".join(known),
             do="correct the file",
         )
-    if isinstance(values.get("inputs"), str):
-        values["inputs"] = (values["inputs"],)
-    if isinstance(values.get("stop"), str):
-        values["stop"] = (values["stop"],)
     if isinstance(values.get("keep"), str):
         values["keep"] = names_of(values["keep"])
-    for name in ("inputs", "keep", "stop"):
-        if isinstance(values.get(name), list):
-            values[name] = tuple(values[name])
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+        elif isinstance(value, str) and isinstance(known[name].default, tuple):
+            values[name] = (value,)
     for name in ("max_failures", "memory_per_unit", "timeout_batch", "max_new_tokens", "kv_memory", "threads"):
         if isinstance(values.get(name), int | float) and not isinstance(values[name], bool):
             values[name] = str(values[name])

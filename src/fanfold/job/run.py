@@ -319,7 +319,8 @@ def _cluster(
     with engines.hold():
         spark = engines.spark_for(where.master, imports=unit_imports(task), threads=numerics.threads_per_unit)
         made = _made_folders(folder) if folder is not None else []
-        needs = (task.reference,) if os.path.isabs(task.reference) else ()
+        named = [task.reference] if isinstance(task.reference, str) else task.reference
+        needs = tuple(filter(os.path.isabs, named))
         try:
             members = spark.roll_call(folder, needs)
         finally:

@@ -23,6 +23,12 @@ def _embed() -> Callable[..., Task]:
     return make_embed
 
 
+def _classify() -> Callable[..., Task]:
+    from fanfold.tasks.classify import make_classify
+
+    return make_classify
+
+
 def _generate() -> Callable[..., Task]:
     from fanfold.tasks.generate import make_generate
 
@@ -30,7 +36,11 @@ def _generate() -> Callable[..., Task]:
 
 
 # verb -> the maker of its task, imported when it is asked for; its keywords are the verb's flags
-MAKERS: dict[str, Callable[[], Callable[..., Task]]] = {"embed": _embed, "generate": _generate}
+MAKERS: dict[str, Callable[[], Callable[..., Task]]] = {
+    "embed": _embed,
+    "classify": _classify,
+    "generate": _generate,
+}
 
 
 def options_of(verb: str) -> tuple[str, ...]:

@@ -128,8 +128,8 @@ class Task(Protocol):
         """Fields of the numerics record that this task's defaults set otherwise."""
 
     @property
-    def reference(self) -> str:
-        """Names the model again, for a later `verify`."""
+    def reference(self) -> str | list[str]:
+        """Names the model, or models, again, for a later `verify`."""
 
     @property
     def weights_bytes(self) -> int:
