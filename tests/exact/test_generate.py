@@ -211,6 +211,22 @@ def test_answers_keep_to_a_schema(gpt2):
         ff.generate(["one"], max_new_tokens=2, **asked)
 
 
+def test_several_models_vote(tmp_path, gpt2, llama):
+    other = write_language_model(tmp_path / "other", "OPT")
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("Return the", "a list", "x")))
+    asked = {"on": "inline", "max_new_tokens": 6}
+    alone = ff.generate(["Return the", "a list", "x"], model=str(llama), **asked)
+    models = [str(gpt2), str(llama), str(other), str(llama)]
+    run = ff.generate(str(source), tmp_path / "out", model=models, merge="vote", **asked)
+    assert run.table().column("generated_text").to_pylist() == [row["generated_text"] for row in alone]
+    assert ff.verify(tmp_path / "out").max_difference == 0
+    with pytest.raises(RequestError, match="answers, which have no mean"):
+        ff.generate(["a"], model=models, merge="mean", **asked)
+    with pytest.raises(RequestError, match="add --merge vote"):
+        ff.generate(["a"], model=models, **asked)
+
+
 # -- bad input ------------------------------------------------------------------------------------------
 
 
