@@ -132,6 +132,16 @@ def test_units_never_change_a_byte(tmp_path, gpt2, rows, settings):
     assert ff.verify(tmp_path / "cpu:2", sample=10).max_difference == 0
 
 
+def test_threads_by_measurement_are_kept_when_the_job_goes_on(tmp_path, two, gpt2):
+    asked = {"model": str(gpt2), "on": "inline", "max_new_tokens": 3}
+    first = ff.generate(two, tmp_path / "out", threads="auto", **asked)
+    assert any(reason.startswith("recommended: ") for reason in first.plan["reasons"])
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    again = ff.generate(two, tmp_path / "out", threads="auto", **asked)
+    assert any("as when the job was begun" in reason for reason in again.plan["reasons"])
+    assert again.summary["output_sha256"] == first.summary["output_sha256"]
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_a_killed_job_goes_on_to_the_same_bytes(tmp_path, gpt2, rows, settings):
