@@ -60,7 +60,7 @@ class SharedGroup:
         self._heads = HeadCache()
         self._views: dict[tuple[int, np.dtype, int], Array] = {}
         self._call = 0  # of any kind
-        self._collective = 0
+        self._collective = self._message = 0
         self._round = 0
         self._ready = self._open = True
 
@@ -139,7 +139,7 @@ class SharedGroup:
                 self._wait_long(to, taken, number - place.CHANNEL_SLOTS + 1)
             at = self._file.channel_slot(channel, number)
             if start == 0:
-                self._write_head(at, number, head)
+                self._write_head(at, self._message, head)
             self._view(at, array.dtype, part.size)[...] = part
             self._words[sent] = number + 1
         self._end_call()
@@ -152,9 +152,9 @@ class SharedGroup:
         number = self._words[taken]
         self._wait(frm, sent, number + 1)
         at = self._file.channel_slot(channel, number)
-        _, theirs = self._heads.read(self._map, at)
+        message, theirs = self._heads.read(self._map, at)
         if theirs.name != head.name:
-            self._mismatch(frm, head, number, theirs, number)
+            self._mismatch(frm, head, self._message, theirs, message)
         array = np.empty(theirs.shape, theirs.dtype)
         flat = array.reshape(-1)
         step = SLOT_BYTES // array.itemsize
@@ -183,7 +183,7 @@ class SharedGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(None if error is None else f"it failed {self._where(self.rank)}: {cause_line(error)}")
+        self.close(None if error is None else f"{self._where(self.rank)}: {cause_line(error)}")
 
     # -- rounds ---------------------------------------------------------------------------------------
 
@@ -196,11 +196,13 @@ class SharedGroup:
             raise InternalError(f"{kind} {name}", found=f"rank {peer}", allowed="another rank", do="report it")
         head = self._heads.of(kind, name, array.dtype, array.shape, peer)
         self._ready = False
+        if peer is None or kind == "broadcast":
+            number = self._collective = self._collective + 1
+        else:
+            number = self._message = self._message + 1
         self._call += 1
-        self._write_head(self._file.ring(self.rank, self._call), self._call, head)
+        self._write_head(self._file.ring(self.rank, self._call), number, head)
         self._words[self._calls] = self._call
-        if kind not in ("send", "recv"):
-            self._collective += 1
         return head
 
     def _end_call(self) -> None:
@@ -302,7 +304,7 @@ class SharedGroup:
         """Why waiting for `other` is in vain: the first failure, a rank that is gone, or that it has left."""
         failure = self._file.first_failure()
         if failure is not None:
-            return f"first cause, of rank {failure[0]}: {failure[1]}"
+            return f"the first cause is rank {failure[0]}'s, {failure[1]}"
         for rank in self._others:
             if self._file.ended(rank) == place.LIVE and self._file.state(rank) is None:
                 return f"rank {rank} is gone (process {self._file.pid(rank)} has ended); it {self._where(rank)}"
@@ -316,9 +318,10 @@ class SharedGroup:
         if call == 0:
             return "has not called anything yet"
         try:
-            text = self._heads.read(self._map, self._file.ring(rank, call))[1].at(call)
+            number, head = self._heads.read(self._map, self._file.ring(rank, call))
+            text = head.at(number)
         except ValueError:  # it is being written
-            text = f"call #{call}"
+            text = f"call {call}"
         if rank == self.rank:
             return f"in {text}" if call > done else f"after {text}"
         state = {"T": " and is stopped", "D": " and waits for a disk"}.get(self._file.state(rank) or "", "")
@@ -351,7 +354,7 @@ class SharedGroup:
 
     def _fail(self, error: FanfoldError) -> NoReturn:
         """Tell the others why, and raise."""
-        self._file.end(place.FAILED, f"{error.asked}: {error.found}")
+        self._file.end(place.FAILED, f"{self._where(self.rank)}: {error.found}")
         raise error
 
 

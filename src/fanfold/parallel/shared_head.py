@@ -85,7 +85,7 @@ def _short(name: str) -> str:
 
 
 def _made(kind: str, name: str, dtype: np.dtype, shape: tuple[int, ...], peer: int | None) -> Head:
-    if dtype.kind not in "biufc":
+    if dtype.kind not in "biufc" or dtype.char in "gG":  # long doubles hold bytes without a meaning
         found = f"dtype {dtype}"
     elif kind == "all_reduce" and dtype.kind == "b":
         found = "a sum of booleans"
