@@ -1,4 +1,4 @@
-"""What the ranks of test_shared.py do: python shared_ranks.py PROGRAM PATH RANK SIZE. The last line of stdout is JSON."""
+"""What the ranks of test_shared.py do: python shared_ranks.py PROGRAM PATH RANK SIZE [TIMEOUT_S]."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def messages(group):
 def hurried(group):
     """Many short rounds with ranks out of step, messages in between: nobody reads what is not meant for the round."""
     rng = random.Random(group.rank)
-    for turn in range(3000):
+    for turn in range(1500):
         pause = rng.random()
         if pause < 0.01:
             time.sleep(pause / 10)
@@ -158,6 +158,13 @@ def asleep(group):
     steps(group)
     if group.rank == 1:
         time.sleep(30)
+    steps(group)
+
+
+def steps_with_a_late_rank(group):
+    if group.rank == 1:
+        group.timeout_s = 20.0
+        time.sleep(0.7)
     steps(group)
 
 

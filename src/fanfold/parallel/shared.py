@@ -68,8 +68,8 @@ class SharedGroup:
 
     def all_reduce(self, array: Array, name: str) -> Array:
         """The sum over ranks, in place and returned: ((a_0 + a_1) + a_2) + ..., the same bytes on every rank."""
-        head = self._begin("all_reduce", name, array)
         flat = self._flat(array, writes=True)
+        head = self._begin("all_reduce", name, array)
         step = SLOT_BYTES // array.itemsize
         for start in range(0, flat.size or 1, step):
             part = flat[start : start + step] if flat.size > step else flat
@@ -82,8 +82,8 @@ class SharedGroup:
 
     def broadcast(self, array: Array, root: int, name: str) -> Array:
         """The root's array in every rank's, in place and returned."""
-        head = self._begin("broadcast", name, array, root)
         flat = self._flat(array, writes=True)
+        head = self._begin("broadcast", name, array, root)
         step = SLOT_BYTES // array.itemsize
         for start in range(0, flat.size or 1, step):
             part = flat[start : start + step]

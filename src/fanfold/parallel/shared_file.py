@@ -105,12 +105,10 @@ class SharedFile:
             self._join()
             self._wait_for_all(timeout_s)
         except BaseException:
+            self._remove_name()
             self.close()
-            if self._ours:
-                _remove(path)
             raise
-        if rank == 0:
-            _remove(path)
+        self._remove_name()
 
     # -- where what lies ------------------------------------------------------------------------------
 
@@ -225,6 +223,14 @@ class SharedFile:
         self.words[self.word(self.rank, PID)] = os.getpid()
         fcntl.flock(self._fd, fcntl.LOCK_UN)
 
+    def _remove_name(self) -> None:
+        """Every rank does it: the last one may be killed before it can."""
+        try:
+            if self._ours and os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
+                os.unlink(self.path)
+        except OSError:
+            pass  # another rank was faster
+
     def _refuse(self, found: str) -> None:
         raise InternalError(
             f"joining the group at {self.path} as rank {self.rank} of {self.size}",
@@ -247,15 +253,18 @@ class SharedFile:
 
     def _wait_for_all(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
-        missing = set(range(self.size))
-        while missing := {rank for rank in missing if not self.pid(rank)}:
-            dead = [rank for rank in range(self.size) if self.pid(rank) and self.state(rank) is None]
+        while True:
+            missing = [rank for rank in range(self.size) if not self.pid(rank)]
+            came = [rank for rank in range(self.size) if self.pid(rank) and self.ended(rank) == LIVE]
+            dead = [rank for rank in came if self.state(rank) is None]
+            if not missing and not dead:
+                return
             if dead or time.monotonic() > deadline_s:
                 raise UnitLost(
                     f"rank {self.rank} waits for the {self.size} ranks of its group",
                     found=f"rank {dead[0]} (process {self.pid(dead[0])}) is gone"
                     if dead
-                    else f"no rank {', '.join(map(str, sorted(missing)))} within {timeout_s:g} s",
+                    else f"no rank {', '.join(map(str, missing))} within {timeout_s:g} s",
                     allowed="every rank attached",
                     do="look at the first error of that rank",
                 )
@@ -273,13 +282,6 @@ def _open_locked(path: str) -> int:
         except FileNotFoundError:
             pass
         os.close(fd)
-
-
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        pass
 
 
 def _left_behind() -> Iterator[str]:
