@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-_SPINS = 500
+_SPINS = 50  # about 3 us: then a core that ranks share goes to the other
 _YIELD_S = 0.002
 _LONGEST_NAP_S = 0.001
 _LOOK_S = 0.25  # how often a waiting rank looks for the others
