@@ -175,6 +175,21 @@ def receives_nothing(group):
     time.sleep(30)
 
 
+def both_send(group):
+    """More than a channel holds, to each other at once."""
+    group.timeout_s += 10 * group.rank
+    group.send(np.zeros(6 * CHUNK), 1 - group.rank, "keys and values")
+
+
+def for_ever(group):
+    while True:
+        steps(group)
+        right, left = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+        group.send(np.zeros(100), right, "stage")
+        group.recv(left, "stage")
+        group.all_gather(np.zeros((group.rank, CHUNK)), "heads")
+
+
 def raises(group):
     steps(group)
     if group.rank == 1:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import platform
+import random
 import signal
 import subprocess
 import sys
@@ -138,20 +139,29 @@ def test_a_rank_that_dies_inside_a_call_is_named_with_it():
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("program", "found"),
+    ("program", "waits_in", "found"),
     [
-        ("asleep", "rank 1 has done all_reduce#3 layers.2.mlp.down float32 (1, 8) and called nothing since"),
-        ("stopped", "and called nothing since and is stopped"),
-        ("receives_nothing", "rank 1 has done all_reduce#3 layers.2.mlp.down float32 (1, 8) and called nothing since"),
+        (
+            "asleep",
+            "all_reduce#4",
+            "rank 1 has done all_reduce#3 layers.2.mlp.down float32 (1, 8) and called nothing since",
+        ),
+        ("stopped", "all_reduce#4", "float32 (1, 8) and called nothing since and is stopped"),
+        ("receives_nothing", "recv#1 hidden states of stage 0 from rank 1", "and called nothing since"),
+        (
+            "both_send",
+            "send#1 keys and values to rank 1",
+            "rank 1 is in send#1 keys and values to rank 0 float64 (196608,)",
+        ),
     ],
 )
-def test_the_watchdog_says_who_waits_for_whom_and_where_that_one_is(program, found):
+def test_the_watchdog_says_who_waits_for_whom_and_where_that_one_is(program, waits_in, found):
     with Ranks(program, 2, timeout_s=0.5) as ranks:
         code, said = ranks.end(0, within_s=5)
-        assert ranks.processes[1].poll() is None
+        if program != "both_send":
+            assert ranks.processes[1].poll() is None
     assert code == 1, said
     assert said["error"] == "UnitLost"
-    waits_in = "recv#1 hidden states of stage 0 from rank 1" if program == "receives_nothing" else "all_reduce#4"
     assert said["asked"].startswith(f"rank 0 of 2 in {waits_in}")
     assert said["found"].startswith("rank 1 is waited for since 0.5")
     assert said["found"].endswith(found)
@@ -232,6 +242,32 @@ def test_what_a_killed_first_rank_has_left_is_removed(how):
 
 def pid_of_rank_0(path):
     return int.from_bytes(path.read_bytes()[4096:4104], "little")
+
+
+@pytest.mark.faults
+@pytest.mark.nightly
+def test_a_rank_killed_at_any_time_ends_its_group_and_is_named(seed):
+    rng = random.Random(seed)
+    for _ in range(20):
+        size = rng.choice([2, 3, 4])
+        victim = rng.randrange(size)
+        with Ranks("for_ever", size, timeout_s=5.0) as ranks:
+            if rng.random() < 0.7:
+                ranks.wait_until_joined()
+            time.sleep(rng.uniform(0.0, 0.5))
+            pid = ranks.processes[victim].pid
+            ranks.processes[victim].kill()
+            for rank in set(range(size)) - {victim}:
+                code, said = ranks.end(rank, within_s=10)
+                assert code == 1, said
+                assert said["error"] == "UnitLost"
+                causes = [
+                    f"rank {victim} is gone (process {pid} has ended)",
+                    f"rank {victim} (process {pid}) is gone",  # while the others were joining
+                    f"no rank {victim} within 5 s",  # before it joined
+                ]
+                assert any(cause in said["found"] for cause in causes), said
+            assert not Path(ranks.path).exists()
 
 
 @pytest.fixture

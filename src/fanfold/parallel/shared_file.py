@@ -51,6 +51,8 @@ def refusal() -> str | None:
         return f"the system is {sys.platform}, not Linux"
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"the processor is {platform.machine()}, where stores may arrive out of order"
+    if not os.path.isdir(FOLDER) or process_state(os.getpid()) is None:
+        return f"{FOLDER} or /proc is not mounted"
     return None
 
 
@@ -87,7 +89,7 @@ class SharedFile:
             raise PlanError(
                 "shared memory between ranks",
                 found=why,
-                allowed="Linux on x86-64",
+                allowed=f"Linux on x86-64 with {FOLDER} and /proc",
                 do="use gloo, which works everywhere and is slower",
             )
         if not 0 <= rank < size:
@@ -257,18 +259,25 @@ class SharedFile:
             missing = [rank for rank in range(self.size) if not self.pid(rank)]
             came = [rank for rank in range(self.size) if self.pid(rank) and self.ended(rank) == LIVE]
             dead = [rank for rank in came if self.state(rank) is None]
-            if not missing and not dead:
+            failure = self.first_failure()
+            if failure is not None:
+                found = f"the first cause is rank {failure[0]}'s: {failure[1]}"
+            elif dead:
+                found = f"rank {dead[0]} (process {self.pid(dead[0])}) is gone"
+            elif not missing:
                 return
-            if dead or time.monotonic() > deadline_s:
-                raise UnitLost(
-                    f"rank {self.rank} waits for the {self.size} ranks of its group",
-                    found=f"rank {dead[0]} (process {self.pid(dead[0])}) is gone"
-                    if dead
-                    else f"no rank {', '.join(map(str, missing))} within {timeout_s:g} s",
-                    allowed="every rank attached",
-                    do="look at the first error of that rank",
-                )
-            time.sleep(0.002)
+            elif time.monotonic() > deadline_s:
+                found = f"no rank {', '.join(map(str, missing))} within {timeout_s:g} s"
+            else:
+                time.sleep(0.002)
+                continue
+            self.end(FAILED, found)
+            raise UnitLost(
+                f"rank {self.rank} waits for the {self.size} ranks of its group",
+                found=found,
+                allowed="every rank attached",
+                do="look at the first error of that rank",
+            )
 
 
 def _open_locked(path: str) -> int:
