@@ -72,7 +72,10 @@ def results(program, size):
     return [said["result"] for _, said in ends]
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=SLOW), pytest.param(4, marks=SLOW)])
 def test_every_rank_gets_the_bytes_that_one_process_would_compute(size):
     first, *others = results("everything", size)
     sums, *rest = first
