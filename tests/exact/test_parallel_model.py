@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -164,7 +165,7 @@ def test_a_rank_that_sleeps_is_named_with_the_collective_and_its_layer(llama):
         with pytest.raises(UnitLost) as caught:
             model(input_ids=ids, attention_mask=mask)
         assert time.monotonic() - begun_s < 30
-        assert "rank 0 waits in #" in str(caught.value)
-        assert "all_reduce model.embed_tokens" in str(caught.value)
-        assert "rank 1 is behind" in str(caught.value)
+        said = str(caught.value)
+        assert re.search(r"rank 0 of 2 in all_reduce#\d+ model\.embed_tokens float32 \(3, 9, \d+\)", said), said
+        assert "rank 1" in said
         assert gone(model.pids)

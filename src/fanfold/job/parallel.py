@@ -221,10 +221,9 @@ class _Running:
 
 def _start(split: Split, *, timeout_s: float, threads: int = 1) -> _Running:
     from fanfold.parallel.program import Ranks
-    from fanfold.parallel.shared import make_file, new_path
+    from fanfold.parallel.shared_file import new_path
 
     path = new_path()
-    make_file(path, split.units)
     supervisor = Supervisor(imports=_IMPORTS, threads=threads)
     try:
         program = Ranks(path=path, split=split, threads=threads, timeout_s=timeout_s)

@@ -6,12 +6,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fanfold.parallel.shared import TIMEOUT_S, SharedGroup
-
 if TYPE_CHECKING:
     from fanfold.parallel.mesh import Split
 
 LEAD = 0  # the rank that answers
+LOAD_S = 600.0  # within which all ranks must have read their shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,16 +20,17 @@ class Ranks:
     path: str  # of the shared file
     split: Split
     threads: int = 1
-    timeout_s: float = TIMEOUT_S
+    timeout_s: float = 60.0
 
     def __call__(self, rank: int, size: int, channel: Any) -> None:
         import torch
 
         from fanfold.parallel.comm import Comm
+        from fanfold.parallel.tensors import TensorGroup
 
         torch.set_num_threads(self.threads)
         _quiet()
-        group = SharedGroup(self.path, rank, size, self.timeout_s)
+        group = TensorGroup(self.path, rank, size, max(LOAD_S, self.timeout_s))
         comm = Comm(group)
         model: Any = None
         try:
@@ -41,6 +41,8 @@ class Ranks:
 
                     share = load_share(values["folder"], comm, getattr(torch, values["dtype"]))
                     model = share.model
+                    group.barrier("load")
+                    group.timeout_s = self.timeout_s
                     channel.send(("loaded", os.getpid()))
                 elif verb == "compare":
                     from fanfold.parallel.equal import compare
