@@ -133,7 +133,7 @@ def equal(
         "num_grads": tiny_worst["num_grads"],
         "collectives": tiny_worst["collectives"],
         "collective_bytes": tiny_worst["bytes"],
-        "level": "T",
+        "level": "B" if split.tensor == 1 and tiny_worst["bitwise"] and checkpoint_worst["bitwise"] else "T",
         "layout": str(split),
         "promise": allowed,
         "checkpoint": {

@@ -72,7 +72,7 @@ def compare(
         "bitwise": found is None or torch.equal(found[0], expected[0]),
         "max_rel_grad": 0.0,
         "worst_grad_name": "",
-        "num_grads": 0,
+        "grads": [],
         "reference": type(whole).__name__,
     }
     if gradients:
@@ -109,14 +109,15 @@ def _outputs(
 def _gradients(share: Any, whole: Any) -> dict[str, Any]:
     theirs = dict(whole.named_parameters(remove_duplicate=False))
     largest = max(float(p.grad.abs().max()) for p in theirs.values() if p.grad is not None)
-    worst, name_of_worst, count = 0.0, "", 0
+    worst, name_of_worst = 0.0, ""
+    compared: list[str] = []
     for name, parameter in share.model.named_parameters(remove_duplicate=False):
         expected = theirs[name].grad
         if (expected is None) != (parameter.grad is None):
-            return {"max_rel_grad": math.inf, "worst_grad_name": f"{name} (on one side only)", "num_grads": count}
+            return {"max_rel_grad": math.inf, "worst_grad_name": f"{name} (on one side only)", "grads": compared}
         if expected is None:
             continue
-        count += 1
+        compared.append(name)
         floor = max(float(expected.abs().max()), _FLOOR * largest)
         cut = share.cuts.get(name)
         if cut is not None:
@@ -124,7 +125,7 @@ def _gradients(share: Any, whole: Any) -> dict[str, Any]:
         error = float((parameter.grad - expected).abs().max()) / floor if expected.numel() else 0.0
         if not error <= worst:
             worst, name_of_worst = error, name
-    return {"max_rel_grad": worst, "worst_grad_name": name_of_worst, "num_grads": count}
+    return {"max_rel_grad": worst, "worst_grad_name": name_of_worst, "grads": compared}
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -136,13 +137,13 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def worst_of(records: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of all ranks': the largest errors, NaN above all."""
     merged = dict(records[0])
+    merged["num_grads"] = len({name for record in records for name in record["grads"]})
     for record in records[1:]:
         for key in ("max_rel_logits", "max_rel_loss"):
             if not record[key] <= merged[key]:
                 merged[key] = record[key]
         if not record["max_rel_grad"] <= merged["max_rel_grad"]:
             merged["max_rel_grad"], merged["worst_grad_name"] = record["max_rel_grad"], record["worst_grad_name"]
-        merged["num_grads"] = max(merged["num_grads"], record["num_grads"])
         merged["bitwise"] = merged["bitwise"] and record["bitwise"]
     return merged
 

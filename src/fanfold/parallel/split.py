@@ -103,6 +103,9 @@ def empty_model(config: Any, cls: Any, dtype: Any) -> Any:
     finally:
         torch.set_default_dtype(before)
     model.tie_weights()
+    with torch.no_grad():
+        for module in model.modules():  # buffers as from_pretrained makes them, whatever the dtype of the weights
+            model._init_weights(module)
     return model.eval()
 
 
