@@ -133,7 +133,7 @@ def equal(
         "num_grads": tiny_worst["num_grads"],
         "collectives": tiny_worst["collectives"],
         "collective_bytes": tiny_worst["bytes"],
-        "level": "T",
+        "level": "B" if split.tensor == 1 and tiny_worst["bitwise"] and checkpoint_worst["bitwise"] else "T",
         "layout": str(split),
         "promise": allowed,
         "checkpoint": {
@@ -183,14 +183,15 @@ def _check(folder: str, split: Split, dtype: str) -> None:
     from fanfold.parallel.split import config_of
 
     config = config_of(folder)
-    if split.pipeline > 1:
+    if split.pipeline > config.num_hidden_layers:
         raise PlanError(
             f"--layout {split}",
-            found="pipeline stages, which this version does not run yet",
-            allowed="tensor=N",
-            do="leave pipeline away",
+            found=f"{config.num_hidden_layers} layers",
+            allowed=f"pipeline=1 to pipeline={config.num_hidden_layers}: a stage holds a layer at the least",
+            do=f"use pipeline={config.num_hidden_layers}",
         )
-    family_of(config)
+    if split.tensor > 1:
+        family_of(config)
     for rank in range(split.tensor):
         heads_of(config, rank, split.tensor)
 
@@ -198,16 +199,16 @@ def _check(folder: str, split: Split, dtype: str) -> None:
 class _Running:
     """A group of ranks and the file over which they talk."""
 
-    def __init__(self, supervisor: Supervisor, group: Group, path: str) -> None:
-        self._supervisor, self._group, self._path = supervisor, group, path
+    def __init__(self, supervisor: Supervisor, group: Group, path: str, lead: int) -> None:
+        self._supervisor, self._group, self._path, self._lead = supervisor, group, path, lead
 
     def ask(self, verb: str, values: dict[str, Any]) -> None:
         for rank in range(self._group.size):
             self._group.send(rank, (verb, values))
 
     def answer(self, timeout_s: float) -> Any:
-        """Of rank 0."""
-        return self._group.receive(0, timeout_s)
+        """Of the rank that has the result: the first of the last stage."""
+        return self._group.receive(self._lead, timeout_s)
 
     def answers(self, timeout_s: float) -> list[Any]:
         return [self._group.receive(rank, timeout_s) for rank in range(self._group.size)]
@@ -232,4 +233,4 @@ def _start(split: Split, *, timeout_s: float, threads: int = 1) -> _Running:
         supervisor.close()
         Path(path).unlink(missing_ok=True)
         raise
-    return _Running(supervisor, group, path)
+    return _Running(supervisor, group, path, (split.pipeline - 1) * split.tensor)
