@@ -81,6 +81,7 @@ FLAGS = {
             "--id",
             "--json",
             "--keep",
+            "--layout",
             "--limit",
         ),
         *("--max-failures", "--max-length", "--memory-per-unit", "--merge", "--model", "--no-color", "--on"),

@@ -13,11 +13,11 @@ import transformers
 from transformers import AutoConfig
 
 from fanfold.errors import PlanError
-from fanfold.job.parallel import _start
 from fanfold.parallel import equal
 from fanfold.parallel.mesh import Split
 from fanfold.parallel.split import architecture, config_of
 from fanfold.parallel.tiny import tiny_model
+from fanfold.tasks.parallel_model import start
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
 
@@ -85,7 +85,7 @@ def ranks():
 
     def of(ways, stages=1):
         if (ways, stages) not in started:
-            started[ways, stages] = _start(Split(tensor=ways, pipeline=stages), timeout_s=60.0)
+            started[ways, stages] = start(Split(tensor=ways, pipeline=stages), timeout_s=60.0)
         return started[ways, stages]
 
     yield of

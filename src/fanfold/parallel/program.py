@@ -49,7 +49,12 @@ class Ranks:
                     from fanfold.parallel.split import load_share
 
                     share = load_share(
-                        values["folder"], comm, getattr(torch, values["dtype"]), split=split, world=between
+                        values["folder"],
+                        comm,
+                        getattr(torch, values["dtype"]),
+                        split=split,
+                        world=between,
+                        base=values["base"],
                     )
                     model = share.model
                     world.barrier("load")

@@ -41,11 +41,11 @@ class Share:
     same: dict[str, list[str]] = field(default_factory=dict)  # name -> all names of a tied tensor
 
 
-def architecture(config: Any) -> Any:
-    """The class that the config names; the base model where it names none."""
+def architecture(config: Any, *, base: bool = False) -> Any:
+    """The class that the config names; the `base` model where that is asked for, or where it names none."""
     import transformers
 
-    for name in config.architectures or ():
+    for name in () if base else config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
     return transformers.MODEL_MAPPING[type(config)]
@@ -74,14 +74,20 @@ def config_of(folder: str | Path) -> Any:
 
 
 def load_share(
-    folder: str | Path, comm: Comm, dtype: Any, *, split: Split | None = None, world: SharedGroup | None = None
+    folder: str | Path,
+    comm: Comm,
+    dtype: Any,
+    *,
+    split: Split | None = None,
+    world: SharedGroup | None = None,
+    base: bool = False,
 ) -> Share:
     """The rank's share of the checkpoint; nothing else of it is read or held.
 
-    `world`: all ranks, where there are pipeline stages.
+    `world`: all ranks, where there are pipeline stages. `base`: the model without its head.
     """
     config = config_of(folder)
-    share = cut_model(empty_model(config, architecture(config), dtype), comm)
+    share = cut_model(empty_model(config, architecture(config, base=base), dtype), comm)
     stages, width = (split.pipeline, split.tensor) if split else (1, comm.size)
     rank = 0 if world is None else world.rank
     share.stage = Stage(share.model, rank // width, stages, world, width)

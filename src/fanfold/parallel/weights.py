@@ -107,9 +107,13 @@ def fill(share: Share, files: Files, dtype: Any, shown: str) -> None:
     for name, old in list(model.named_parameters(remove_duplicate=False)):
         if id(old) not in filled:
             source = next((n for n in share.same[name] if _key(n, names, prefix) is not None), None)
-            if source is None:
+            if source is None and name.startswith("pooler."):  # many have none, and nobody uses it
+                filled[id(old)] = torch.nn.Parameter(torch.zeros(old.shape, dtype=dtype), requires_grad=False)
+            elif source is None:
                 missing.append(name)
                 continue
+        if id(old) not in filled:
+            assert source is not None
             found = _key(source, names, prefix)
             assert found is not None
             shape = files.shape(found)
