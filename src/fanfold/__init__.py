@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fanfold.job.engines import shutdown as shutdown
     from fanfold.job.fold import fold as fold
     from fanfold.job.fold import map as map
+    from fanfold.job.generate import generate as generate
+    from fanfold.job.parallel import parallel as parallel
     from fanfold.job.verify import verify as verify
     from fanfold.merge import ArgMax as ArgMax
     from fanfold.merge import Concat as Concat
@@ -41,7 +43,9 @@ _PUBLIC = {
     "classify": "fanfold.job.classify",
     "embed": "fanfold.job.embed",
     "fold": "fanfold.job.fold",
+    "generate": "fanfold.job.generate",
     "map": "fanfold.job.fold",
+    "parallel": "fanfold.job.parallel",
     "verify": "fanfold.job.verify",
     "shutdown": "fanfold.job.engines",
     "ArgMax": "fanfold.merge",
@@ -82,7 +86,9 @@ __all__ = [
     "classify",
     "embed",
     "fold",
+    "generate",
     "map",
+    "parallel",
     "shutdown",
     "verify",
 ]

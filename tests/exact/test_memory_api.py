@@ -324,9 +324,9 @@ def test_inline_computes_on_one_thread_where_the_caller_chose_more(folder, monke
     found = []
     compute = EmbedOnUnit.compute
 
-    def watched(self, ids, length):
+    def watched(self, batch):
         found.append(dict(re.findall(r"(\w+_get_max_threads)\(\) : (\d+)", torch.__config__.parallel_info())))
-        return compute(self, ids, length)
+        return compute(self, batch)
 
     monkeypatch.setattr(EmbedOnUnit, "compute", watched)
     before = torch.get_num_threads()

@@ -103,7 +103,7 @@ def test_several_poison_rows_of_one_batch_are_all_found(tmp_path, inputs, whole)
 
 
 def test_a_batch_that_fails_with_fillers_alone_is_not_laid_to_its_rows(tmp_path, inputs, monkeypatch):
-    def always(self, ids, length):
+    def always(self, batch):
         raise RuntimeError("the model is broken")
 
     monkeypatch.setattr(FakeOnUnit, "compute", always)
@@ -113,7 +113,7 @@ def test_a_batch_that_fails_with_fillers_alone_is_not_laid_to_its_rows(tmp_path,
 
 
 def test_a_batch_that_never_fits_into_memory_says_so(tmp_path, inputs, monkeypatch):
-    def always(self, ids, length):
+    def always(self, batch):
         raise MemoryError
 
     monkeypatch.setattr(FakeOnUnit, "compute", always)

@@ -34,7 +34,7 @@ SUMMARY_KEYS = {
     *("rows_in", "rows_ok", "rows_failed", "rows_resumed", "truncated", "elapsed_s", "load_s", "rows_per_s"),
     *("tokens_per_s", "padding_share", "peak_pss_bytes", "retries", "idle_share", "units_used", "level"),
     "output_sha256",
-    *("tokens", "windows", "parts", "output", "file_sha256"),
+    *("first_commit_s", "tokens", "windows", "parts", "output", "file_sha256"),
 }
 TASK = FakeTask()
 POISONED = 7  # row of the failing inputs below

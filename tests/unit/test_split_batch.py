@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fanfold.split.batch import Batch, cut
+from fanfold.split.batch import Batch, cut, deal
 
 LENGTHS = st.lists(st.integers(min_value=0, max_value=600), max_size=60)
 BUDGETS = st.integers(min_value=1, max_value=2048)
@@ -137,3 +137,24 @@ def test_a_larger_budget_gives_no_more_batches():
     lengths = [random.Random(1).randrange(1, 200) for _ in range(300)]
     numbers = [len(batches_of(cut(range(300), lengths, batch_tokens=budget))) for budget in (64, 256, 1024, 4096)]
     assert all(fewer <= more for more, fewer in pairwise(numbers))
+
+
+def test_dealt_pieces_cost_about_the_same_and_hold_every_row_once():
+    costs = [(37 * i) % 500 + 10 for i in range(300)]
+    found = deal(range(300), costs, piece_cost=10_000)
+    assert sorted(found.order) == list(range(300))
+    assert len(found.pieces) == 8  # 77,850 / 10,000, and a multiple of four
+    assert sum(found.costs) == sum(costs)
+    assert max(found.costs) - min(found.costs) <= 500
+    assert sum(found.rows) == 300
+
+
+@pytest.mark.parametrize(("rows", "pieces"), [(0, 0), (1, 1), (5, 1), (40, 2), (250, 4)])
+def test_a_small_job_is_dealt_in_halves_or_quarters(rows, pieces):
+    assert len(deal(range(rows), [100] * rows, piece_cost=10_000).pieces) == pieces
+
+
+def test_a_row_that_costs_more_than_a_piece_is_a_piece_among_others():
+    found = deal(range(3), [50_000, 10, 10], piece_cost=10_000)
+    assert sorted(found.order) == [0, 1, 2]
+    assert len(found.pieces) == 3

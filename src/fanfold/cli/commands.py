@@ -8,8 +8,9 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from fanfold import __version__
+from fanfold.cli.equal import equal
 from fanfold.cli.verbs import color_of, told, verb_command
-from fanfold.job.command import ClassifyFlags, EmbedFlags
+from fanfold.job.command import ClassifyFlags, EmbedFlags, GenerateFlags
 
 app = App(
     name="fanfold",
@@ -22,6 +23,7 @@ app = App(
 for _flags, _summary in (
     (EmbedFlags, "Turn texts into vectors: INPUT... -o OUT."),
     (ClassifyFlags, "Give texts, or pairs of texts, labels and scores: INPUT... -o OUT --model MODEL."),
+    (GenerateFlags, "Let a language model answer every row: INPUT... -o OUT --model REF."),
 ):
     app.command(verb_command(_flags, _summary))
 
@@ -55,6 +57,9 @@ def run_file(
 
     run = run_config(job, as_json=json_, quiet=quiet, color=color_of(no_color))
     return told(run, json_)
+
+
+app.command(equal)
 
 
 @app.command
@@ -118,6 +123,35 @@ def show(
     from fanfold.job.show import show as page
 
     print(profile_page(out) if profile else page(out))
+    return 0
+
+
+@app.command
+def peek(
+    out: str,
+    /,
+    *,
+    rows: int = 5,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    verbose: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Show the first finished rows of a run, also while it goes on.
+
+    Parameters
+    ----------
+    out
+        What -o named.
+    rows
+        How many.
+    json_
+        Print them as JSON on stdout.
+    verbose
+        Show tracebacks.
+    """
+    from fanfold.job.peek import peek as first_rows
+    from fanfold.job.peek import peek_text
+
+    print(json.dumps(first_rows(out, rows=rows), indent=2) if json_ else peek_text(out, rows=rows))
     return 0
 
 

@@ -16,9 +16,12 @@ Run a model over a whole dataset on every core, with the result that one core wo
 
   embed INPUT... -o OUT     Turn texts into vectors; the same command again goes on where it stopped.
   classify INPUT... -o OUT  Give texts labels and scores, or find entities in them.
+  generate INPUT... -o OUT  Let a language model answer every row.
   run JOB.toml              Carry out a job that a TOML file describes.
   verify OUT                Check a finished job: checksums, and a sample computed again, byte for byte.
+  equal MODEL --layout L    Compare a model that is split over units with the whole, gradients included.
   show OUT                  Say what a run chose and why, how far it is, and what failed.
+  peek OUT                  Show the first finished rows, also while the job runs.
   machine                   Say what this process may use of the machine, and how fast it is.
 
   fanfold COMMAND --help says more. Exit codes: 0 all rows; 1 failed; 2 not started; 3 some rows failed;

@@ -7,6 +7,7 @@ attempt; then one checksummed line goes to the log. What is in the log is done, 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,9 @@ class Totals:
     truncated: int = 0
     tokens: int = 0
     padded_tokens: int = 0
+    sums: Counter[str] = field(default_factory=Counter)  # of result columns that the task counts
+    sums_resumed: Counter[str] = field(default_factory=Counter)
+    first_commit_s: float | None = None  # on the monotonic clock
     num_leases: int = 0
     failures: list[dict[str, Any]] = field(default_factory=list)
     parts: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -147,6 +151,7 @@ class JobAgenda:
                     self._count_lease(lease, entry)
                     self.totals.rows_resumed += entry["rows"]
                     self.totals.tokens_resumed += entry["tokens"]
+                    self.totals.sums_resumed.update(entry.get("sums", {}))
                 case "rescue":
                     self._open[entry["window"]].rescued = (entry["name"], entry["sha256"])
                 case "part":
@@ -259,6 +264,8 @@ class JobAgenda:
         self._publish(published)
         if entries:
             journal.append(self._store, entries)
+        if self.totals.first_commit_s is None and any(entry["kind"] == "lease" for entry in entries):
+            self.totals.first_commit_s = time.monotonic()
         for entry in entries:
             if entry["kind"] == "part":
                 self._clean_up(entry)
@@ -444,6 +451,7 @@ class JobAgenda:
             "rows": result.rows,
             "tokens": result.tokens,
             "padded_tokens": result.padded_tokens,
+            **({"sums": result.sums} if result.sums else {}),
             "name": name,
             "sha256": result.sha256,
             "failed": [asdict(failure) for failure in result.failures],
@@ -469,6 +477,7 @@ class JobAgenda:
         self.totals.rows_computed += entry["rows"]
         self.totals.tokens += entry["tokens"]
         self.totals.padded_tokens += entry["padded_tokens"]
+        self.totals.sums.update(entry.get("sums", {}))
         self.totals.num_leases += 1
         self._note_failures(window, entry["failed"])
 
@@ -528,6 +537,7 @@ class JobAgenda:
         self.totals.rows_computed -= entry["rows"]
         self.totals.tokens -= entry["tokens"]
         self.totals.padded_tokens -= entry["padded_tokens"]
+        self.totals.sums.subtract(entry.get("sums", {}))
         gone = {(failure["offset"], failure.get("part")) for failure in entry["failed"]}
         window.failed -= gone
         first = window.detail.window.first_row

@@ -33,6 +33,7 @@ class Flags:
     memory_per_unit: str | None = None
     timeout_batch: str | None = None
     too_long: str = "truncate"
+    threads: str = "1"
     compile: str = "off"
     limit: int | None = None
     overwrite: bool = False
@@ -58,6 +59,28 @@ class EmbedFlags(Flags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateFlags(Flags):
+    """The flags of `fanfold generate`."""
+
+    prompt: str | None = None
+    chat: bool = False
+    system: str | None = None
+    max_new_tokens: str | None = None
+    stop: tuple[str, ...] = ()
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int = 0
+    full_text: bool = False
+    json_schema: str | None = None
+    kv_memory: str | None = None
+
+    verb: ClassVar[str] = "generate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClassifyFlags(Flags):
     """The flags of `fanfold classify`."""
 
@@ -75,7 +98,7 @@ class ClassifyFlags(Flags):
     verb: ClassVar[str] = "classify"
 
 
-FLAGS: dict[str, type[Flags]] = {flags.verb: flags for flags in (EmbedFlags, ClassifyFlags)}
+FLAGS: dict[str, type[Flags]] = {flags.verb: flags for flags in (EmbedFlags, ClassifyFlags, GenerateFlags)}
 
 
 def run_verb(
@@ -193,7 +216,7 @@ def _checked(flags: Flags, values: dict[str, Any], path: Path, given: frozenset[
             values[name] = tuple(value)
         elif isinstance(value, str) and isinstance(known[name].default, tuple):
             values[name] = (value,)
-    for name in ("max_failures", "memory_per_unit", "timeout_batch"):
+    for name in ("max_failures", "memory_per_unit", "timeout_batch", "max_new_tokens", "kv_memory", "threads"):
         if isinstance(values.get(name), int | float) and not isinstance(values[name], bool):
             values[name] = str(values[name])
     said = {

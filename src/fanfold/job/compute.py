@@ -60,6 +60,10 @@ def result_schema(task: Task) -> pa.Schema:
     return pa.schema([*fields, *((column.name, arrow_type(column)) for column in task.columns)])
 
 
+class StoppedEarly(BaseException):
+    """A stop was requested while a long batch was under way: no error of its rows."""
+
+
 @dataclass(frozen=True, slots=True)
 class BatchItems:
     """One batch as it was prepared: its rows' offsets, token ids, and the length they are padded to."""
@@ -102,8 +106,15 @@ def compute_lease(
     buffer = io.BytesIO()
     failures: list[RowFailure] = []
     rows = tokens = padded_tokens = 0
+    sums = dict.fromkeys(work.task.counted, 0)
     last = lease.first - 1
     start_s = time.monotonic()
+
+    def alive() -> None:
+        desk.beat(0, 0)
+        if desk.stopping():
+            raise StoppedEarly
+
     with (
         desk.timed("compute", f"window {lease.window} pieces {lease.first}-{lease.last}"),
         pa.memory_map(str(store.file(items_name(lease.window)))) as mapped,
@@ -113,17 +124,24 @@ def compute_lease(
         for piece in range(lease.first, lease.last + 1):
             items = reader.get_batch(piece)
             results = []
-            for number, batch in enumerate(batches_of(items, piece)):
-                desk.at(piece, number)
-                left_out = detail.left_out.get((piece, number), {})
-                result, failed = compute_batch(opened, batch, left_out, alive=lambda: desk.beat(0, 0))
-                results.append(result)
-                failures += failed
-                rows += len(batch.ids)
-                tokens += sum(map(len, batch.ids))
-                padded_tokens += len(batch.ids) * batch.length
-                desk.beat(len(batch.ids), len(batch.ids) * batch.length)
+            failures_before = len(failures)
+            try:
+                for number, batch in enumerate(batches_of(items, piece)):
+                    desk.at(piece, number)
+                    left_out = detail.left_out.get((piece, number), {})
+                    result, failed = compute_batch(opened, batch, left_out, alive)
+                    results.append(result)
+                    failures += failed
+                    num_tokens = sum(map(len, batch.ids))
+                    padded = num_tokens if work.numerics.order == "dealt" else len(batch.ids) * batch.length
+                    rows, tokens, padded_tokens = rows + len(batch.ids), tokens + num_tokens, padded_tokens + padded
+                    desk.beat(len(batch.ids), padded)
+            except StoppedEarly:
+                del failures[failures_before:]
+                break
             writer.write_batch(_record(items, results, work.task))
+            for name in work.task.counted:
+                sums[name] += sum(value for result in results for value in result[name])
             last = piece
             if desk.stopping():
                 break
@@ -142,6 +160,7 @@ def compute_lease(
         padded_tokens=padded_tokens,
         elapsed_s=elapsed_s,
         failures=tuple(failures),
+        sums=sums,
     )
 
 

@@ -52,6 +52,7 @@ def finish(
     elapsed_s = time.monotonic() - timeline.start_s
     computed = totals.rows_computed - totals.rows_resumed
     idle_share = timeline.idle_share()
+    first = totals.first_commit_s
     summary = {
         "rows_in": rows_in,
         "rows_ok": rows_ok,
@@ -61,9 +62,11 @@ def finish(
         "truncated": totals.truncated,
         "elapsed_s": round(elapsed_s, 3),
         "load_s": round(timeline.load_s(), 3),
+        "first_commit_s": None if first is None else round(first - timeline.start_s, 3),
         "rows_per_s": round(computed / elapsed_s, 2) if elapsed_s > 0 else 0.0,
         "tokens_per_s": round((totals.tokens - totals.tokens_resumed) / elapsed_s, 1) if elapsed_s > 0 else 0.0,
         "tokens": totals.tokens,
+        **_sums(totals, elapsed_s),
         "padding_share": round(1 - totals.tokens / totals.padded_tokens, 4) if totals.padded_tokens else 0.0,
         "peak_pss_bytes": timeline.peak_pss_bytes,
         "retries": totals.retries,
@@ -84,6 +87,14 @@ def finish(
         store.sync_folder(folder)
     store.replace(SUCCESS, b"")
     return summary
+
+
+def _sums(totals: Totals, elapsed_s: float) -> dict[str, Any]:
+    """What the task counts, over the whole job, and per second of this run."""
+    found: dict[str, Any] = dict(totals.sums)
+    for name, total in totals.sums.items():
+        found[f"{name}_per_s"] = round((total - totals.sums_resumed[name]) / elapsed_s, 1) if elapsed_s > 0 else 0.0
+    return found
 
 
 def output_sha256(parts: list[dict[str, Any]]) -> str:

@@ -102,6 +102,7 @@ def _without(lease: Entry, pieces: set[int], rows: Sequence[int]) -> list[Entry]
                 "rows": num_rows,
                 "tokens": round(lease["tokens"] * num_rows * share),
                 "padded_tokens": round(lease["padded_tokens"] * num_rows * share),
+                "sums": {name: round(total * num_rows * share) for name, total in lease.get("sums", {}).items()},
                 "name": None,
                 "sha256": None,
                 "failed": [failure for failure in lease["failed"] if failure["piece"] in run],

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fanfold.job.run import Display
     from fanfold.tasks.task import Task
 
-_REQUEST_OPTIONS = ("limit", "prefix", "memory_per_unit", "max_failures", "compile", "too_long")
+_REQUEST_OPTIONS = ("limit", "prefix", "memory_per_unit", "max_failures", "compile", "too_long", "threads")
 
 
 def in_memory(

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from fanfold.data.source import RowFailure
 from fanfold.job.work import JobWork, PreparedWindow, WindowDetail, items_name, kept_name, unique
-from fanfold.split.batch import cut
+from fanfold.split.batch import cut, deal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,12 +130,11 @@ def prepare_window(
                             items.append(Item(offset, part, ids, names.get(offset), cost, more))
             kept.write_batch(chunk.kept)
             alive()
-    plan = cut(
-        range(len(items)),
-        [item.cost for item in items],
-        batch_tokens=work.numerics.batch_tokens,
-        piece_batches=work.numerics.piece_batches,
-    )
+    numerics, costs = work.numerics, [item.cost for item in items]
+    if numerics.order == "dealt":
+        plan = deal(range(len(items)), costs, piece_cost=numerics.batch_tokens)
+    else:
+        plan = cut(range(len(items)), costs, batch_tokens=numerics.batch_tokens, piece_batches=numerics.piece_batches)
     items_tmp = f"tmp/w-{tag}"
     items_sha256 = _write_items(store.new_file(items_tmp), plan, items, in_parts=work.task.chunking is not None)
     store.place(kept_tmp, kept_name(window.index))

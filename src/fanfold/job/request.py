@@ -39,6 +39,7 @@ class Request:
     timeout_batch: str | None = None
     too_long: str = "truncate"
     compile: str = "off"
+    threads: str = "1"
     limit: int | None = None
     prefix: str = ""
     overwrite: bool = False

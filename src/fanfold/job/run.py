@@ -30,6 +30,7 @@ from fanfold.job.fingerprint import check_same, fingerprint
 from fanfold.job.finish import finish
 from fanfold.job.log import borders, open_windows, settle
 from fanfold.job.reopen import accept_inputs, mend, reopen_failed
+from fanfold.job.threads import recommended, with_threads
 from fanfold.job.work import JobWork, OutputRules, place_names, unit_imports
 from fanfold.machine.discover import discover
 from fanfold.machine.threads import held_threads
@@ -113,6 +114,11 @@ def _run_job(
     _check_place(output, where.kind)
     machine = discover()
     numerics = _numerics(task, where.kind)
+    thread_reasons: list[str] = []
+    if request.threads != "1":
+        numerics, thread_reasons = with_threads(request.threads, numerics, where, machine, task, output)
+    elif request.dry_run and numerics.order == "dealt" and where.kind in ("inline", "cpu"):
+        thread_reasons = recommended(where, machine, task, numerics)[1] + ["applied with --threads auto"]
     if request.compile == "on":
         numerics = compiled_as_asked(task, numerics)
     check_slots(where, machine)
@@ -137,7 +143,8 @@ def _run_job(
         if output.local is None and is_remote(where) and isinstance(source, SpoolSource):
             raise _spooled_here(where)
         cluster, machine = _cluster(where, machine, task, numerics, None if request.dry_run else output.local, say)
-    plan = choose(where, machine, _job(task, source, request), numerics, cluster)
+    plan = choose(where, machine, _job(task, source, request, numerics), numerics, cluster)
+    plan = replace(plan, reasons=(*plan.reasons, *thread_reasons))
     for key, value in task.shown.items():
         say(f"{key + ':':<9}{value}")
     _say_plan(plan, say)
@@ -370,11 +377,13 @@ def _numerics(task: Task, kind: str) -> Numerics:
     return replace(numerics, windows_per_part=windows_per_part(numerics.window_rows, width))
 
 
-def _job(task: Task, source: Source, request: Request) -> Job:
+def _job(task: Task, source: Source, request: Request, numerics: Numerics) -> Job:
+    dealt = numerics.order == "dealt"  # what a row costs is not seen in its bytes: the most of it is its answer
     return Job(
         weights_bytes=task.weights_bytes,
-        input_bytes=source.total_bytes,
+        input_bytes=None if dealt else source.total_bytes,
         unit_memory_bytes=request.unit_memory_bytes,
+        unit_bytes=task.unit_bytes,
     )
 
 

@@ -52,7 +52,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     lines = [f"{'rows:':<9}{rows}"]
     lines.append(
         f"{'time:':<9}{format_duration(summary['elapsed_s'])} in all, {format_duration(summary['load_s'])} loading; "
-        f"{summary['rows_per_s']:,.0f} rows/s, {summary['tokens_per_s']:,.0f} tokens/s"
+        f"{summary['rows_per_s']:,.0f} rows/s, {_rates(summary)}"
     )
     idle = summary["idle_share"]
     lines.append(
@@ -66,6 +66,13 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     if summary["retries"]:
         lines.append(f"{'retries:':<9}" + ", ".join(f"{kind} {count}" for kind, count in summary["retries"].items()))
     return lines
+
+
+def _rates(summary: dict[str, Any]) -> str:
+    if "completion_tokens" not in summary:
+        return f"{summary['tokens_per_s']:,.0f} tokens/s"
+    prompt, completion = summary["prompt_tokens_per_s"], summary["completion_tokens_per_s"]
+    return f"{prompt:,.0f} prompt and {completion:,.0f} completion tokens/s"
 
 
 def _state(opened: Any, summary: dict[str, Any] | None) -> str:

@@ -29,8 +29,18 @@ def _classify() -> Callable[..., Task]:
     return make_classify
 
 
+def _generate() -> Callable[..., Task]:
+    from fanfold.tasks.generate import make_generate
+
+    return make_generate
+
+
 # verb -> the maker of its task, imported when it is asked for; its keywords are the verb's flags
-MAKERS: dict[str, Callable[[], Callable[..., Task]]] = {"embed": _embed, "classify": _classify}
+MAKERS: dict[str, Callable[[], Callable[..., Task]]] = {
+    "embed": _embed,
+    "classify": _classify,
+    "generate": _generate,
+}
 
 
 def options_of(verb: str) -> tuple[str, ...]:

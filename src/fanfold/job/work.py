@@ -96,6 +96,7 @@ class LeaseDone:
     padded_tokens: int
     elapsed_s: float
     failures: tuple[RowFailure, ...] = ()
+    sums: dict[str, int] = field(default_factory=dict)  # of the result columns that the task counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,7 @@ class Job:
     weights_bytes: int
     input_bytes: int | None  # None: a stream
     unit_memory_bytes: int | None = None  # asked for; None: an equal share of what is allowed
+    unit_bytes: int = 0  # what every unit holds for itself, beside weights and batches
 
 
 def parse_where(text: str) -> Where:
@@ -97,7 +98,7 @@ def choose(where: Where, machine: Machine, job: Job, numerics: Numerics, cluster
     if where.kind == "cuda":
         return _choose_cuda(where, machine, job, numerics)
     own = job.weights_bytes if numerics.compiled else 0  # a compiled library copies its weights in every process
-    each = (job.unit_memory_bytes or UNIT_BYTES) + own
+    each = (job.unit_memory_bytes or UNIT_BYTES + job.unit_bytes) + own
     room = max(1, (machine.memory_bytes - job.weights_bytes) // each)
     if where.count is not None:
         return _asked_for(where.count, machine, job, room, numerics)
@@ -117,8 +118,15 @@ def choose(where: Where, machine: Machine, job: Job, numerics: Numerics, cluster
 def _share(machine: Machine, job: Job, count: int) -> int:
     """What one of `count` units may hold of its own: as asked, or an equal share of what the weights leave."""
     if job.unit_memory_bytes is not None:
+        if job.unit_memory_bytes < job.unit_bytes:
+            raise PlanError(
+                f"--memory-per-unit {format_bytes(job.unit_memory_bytes)}",
+                found=f"the cache of keys and values alone takes {format_bytes(job.unit_bytes)} a unit",
+                allowed="more than the cache takes",
+                do="ask for a smaller cache with --kv-memory, or allow more memory",
+            )
         return job.unit_memory_bytes
-    return max(UNIT_BYTES, (machine.memory_bytes - job.weights_bytes) // count)
+    return max(UNIT_BYTES + job.unit_bytes, (machine.memory_bytes - job.weights_bytes) // count)
 
 
 def _expected_pieces(job: Job, numerics: Numerics) -> int | None:

@@ -32,10 +32,13 @@ class Cut:
 
     order: tuple[int, ...]  # row offsets within the window
     pieces: tuple[tuple[Batch, ...], ...]
+    true_costs: tuple[int, ...] | None = None  # of pieces whose rows are not padded
 
     @property
     def costs(self) -> tuple[int, ...]:
         """Padded tokens of each piece: what it costs, up to a factor."""
+        if self.true_costs is not None:
+            return self.true_costs
         return tuple(sum(batch.padded_tokens for batch in piece) for piece in self.pieces)
 
     @property
@@ -62,3 +65,32 @@ def cut(offsets: Sequence[int], lengths: Sequence[int], *, batch_tokens: int, pi
         start = stop
     pieces = [tuple(batches[i : i + piece_batches]) for i in range(0, len(batches), piece_batches)]
     return Cut(order=tuple(offsets[i] for i in ranked), pieces=tuple(pieces))
+
+
+def deal(offsets: Sequence[int], costs: Sequence[int], *, piece_cost: int) -> Cut:
+    """Pieces of one batch each that cost about the same and hold rows of all kinds, dealt out by falling cost.
+
+    There are as many as `piece_cost` asks for, rounded up to a multiple of 2, from 4 on of 4, so that few units
+    have equal shares of a small job; two where halves are still a sixth of `piece_cost`. Depends on the arguments
+    alone.
+    """
+    ranked = sorted(range(len(offsets)), key=lambda i: (-costs[i], offsets[i]))
+    total = sum(costs)
+    count = max(-(-total // piece_cost), 2 if total >= piece_cost // 3 else 1)
+    step = 1 if count < 2 else 2 if count < 4 else 4
+    count = min(len(ranked), -(-count // step) * step)
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    for place, i in enumerate(ranked):  # there and back again
+        turn, at = divmod(place, count)
+        dealt[at if turn % 2 == 0 else count - 1 - at].append(i)
+    order = [i for hand in dealt for i in hand]
+    pieces, start = [], 0
+    for hand in dealt:
+        longest = max(costs[i] for i in hand)
+        pieces.append((Batch(start=start, stop=start + len(hand), length=longest),))
+        start += len(hand)
+    return Cut(
+        order=tuple(offsets[i] for i in order),
+        pieces=tuple(pieces),
+        true_costs=tuple(sum(costs[i] for i in hand) for hand in dealt),
+    )

@@ -45,15 +45,18 @@ class Checkpoint:
         return str(self.config.get("model_type", ""))
 
 
-def find_checkpoint(ref: str | None, *, revision: str | None = None) -> Checkpoint:
-    """The checkpoint that `--model` names: a folder, a Hugging Face id, or the demo model for None."""
+def find_checkpoint(ref: str | None, *, revision: str | None = None, tokenizer: bool = True) -> Checkpoint:
+    """The checkpoint that `--model` names: a folder, a Hugging Face id, or the demo model for None.
+
+    Raises InputError for a folder without weights or, where it is needed, without a `tokenizer`.
+    """
     path, shown, commit = _locate(ref, revision)
     config = read_json(path / "config.json", needed_for=shown)
     names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
     weights = [name for name in names if name.endswith(".safetensors")]
     if not weights:
         _refuse_without_weights(shown, path, names)
-    if not any(name in names for name in _TOKENIZERS):
+    if tokenizer and not any(name in names for name in _TOKENIZERS):
         raise InputError(
             f"model {shown}",
             found=f"no tokenizer in {path}",

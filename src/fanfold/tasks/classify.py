@@ -158,6 +158,14 @@ class Classify:
         return sum(file.stat().st_size for file in files)
 
     @property
+    def counted(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def unit_bytes(self) -> int:
+        return 0
+
+    @property
     def flops_per_token(self) -> float:
         """Of a row's tokens, which are those of all members: the mean over members."""
         counts = [num_matmul_weights(member.checkpoint.path) for member in self.members]

@@ -106,6 +106,14 @@ class Embed:
         return sum(file.stat().st_size for file in self.checkpoint.path.glob("*.safetensors"))
 
     @property
+    def counted(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def unit_bytes(self) -> int:
+        return 0
+
+    @property
     def flops_per_token(self) -> float:
         return 2.0 * num_matmul_weights(self.checkpoint.path)
 

@@ -54,7 +54,8 @@ class ModelBatch:
     """Rows that are computed together. ids: int32 arrays, one a row; length: the largest cost among the rows.
 
     more: what `prepare` gave with each row. left_out: rows that stand in for others, with a filler's ids and the row's
-    own `more`; their results are not looked at. alive: to be called now and then where a batch takes long.
+    own `more`; their results are not looked at. alive: to be called now and then where a batch takes long; it may end
+    the batch by what it raises.
     """
 
     ids: Sequence[np.ndarray]
@@ -133,6 +134,14 @@ class Task(Protocol):
     @property
     def weights_bytes(self) -> int:
         """Size of the model's weights, shared by the units of one machine."""
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Result columns of whole numbers whose sums stand in the summary."""
+
+    @property
+    def unit_bytes(self) -> int:
+        """What every unit holds for itself beside weights and batches: a cache of keys and values."""
 
     @property
     def flops_per_token(self) -> float:

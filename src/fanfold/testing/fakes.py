@@ -42,6 +42,8 @@ class FakeTask:
     name: str = "fake"
     reference: str = "fake"
     weights_bytes: int = 0
+    unit_bytes: int = 0
+    counted: tuple[str, ...] = ()
     flops_per_token: float = 0.0
     dtype: Dtype = "float32"
     version: int = 1

@@ -1,0 +1,236 @@
+"""One model over several units: `ff.parallel` and `fanfold equal`."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fanfold import extras
+from fanfold.data.scratch import scratch_folder
+from fanfold.engine.group import Group
+from fanfold.engine.supervisor import Supervisor
+from fanfold.errors import DifferenceFound, PlanError
+from fanfold.parallel.mesh import Split, parse_split
+from fanfold.plan.plan import Unit
+from fanfold.tasks.checkpoint import find_checkpoint
+
+LOAD_S = 600.0
+ANSWER_S = 600.0
+_DTYPES = ("float64", "float32", "bfloat16")
+_IMPORTS = ("torch", "transformers", "fanfold.parallel.program", "fanfold.parallel.split", "fanfold.parallel.equal")
+
+
+class ParallelModel:
+    """A model whose layers lie on several processes; it answers in the caller's process. Close it, or use `with`.
+
+    `model(input_ids=..., attention_mask=...)`: transformers' own output, whole, without keys and values.
+    `model.generate(input_ids, ...)`: token ids [B, prompt + new], greedy; with do_sample=True drawn, so that a row's
+    draws depend on seed, row and position alone (temperature, top_k, top_p, min_p).
+    Raises: UnitLost where a rank dies or falls silent; the group has then ended as a whole.
+    """
+
+    def __init__(self, folder: str, split: Split, *, dtype: str, timeout_s: float) -> None:
+        self.split = split
+        self._ranks = _start(split, timeout_s=timeout_s)
+        try:
+            self._ranks.ask("load", {"folder": folder, "dtype": dtype})
+            self.pids = tuple(pid for _, pid in self._ranks.answers(LOAD_S))
+        except BaseException:
+            self.close()
+            raise
+
+    def __call__(self, **inputs: Any) -> Any:
+        self._ranks.ask("call", inputs)
+        return self._ranks.answer(ANSWER_S)
+
+    def generate(self, input_ids: Any, *, attention_mask: Any = None, seed: int | None = None, **options: Any) -> Any:
+        values = {"input_ids": input_ids, "attention_mask": attention_mask, "seed": seed, "options": options}
+        self._ranks.ask("generate", values)
+        return self._ranks.answer(ANSWER_S)
+
+    def close(self) -> None:
+        """The group ends; twice is fine."""
+        self._ranks.close()
+
+    def __enter__(self) -> ParallelModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def parallel(
+    model: str | None = None,
+    *,
+    layout: str,
+    on: str = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
+    timeout_s: float = 60.0,
+) -> ParallelModel:
+    """The model split over several units of this machine, for example layout="tensor=2".
+
+    `model`: a folder or a Hugging Face id with safetensors weights; each unit reads and holds its share only.
+    Raises: PlanError for a layout that cannot be, before any weight is read; InputError for unusable files.
+    """
+    split = parse_split(layout)
+    if on != "cpu" and not on.startswith("cpu:"):
+        raise PlanError(f"ff.parallel(..., on={on!r})", found="another place", allowed="cpu", do="leave on= away")
+    for module in ("torch", "transformers"):
+        extras.need(module, extra="torch", purpose="ff.parallel")
+    folder = str(find_checkpoint(model, revision=revision, tokenizer=False).path)
+    _check(folder, split, dtype)
+    return ParallelModel(folder, split, dtype=dtype, timeout_s=timeout_s)
+
+
+def equal(
+    model: str | None = None,
+    *,
+    layout: str,
+    dtype: str = "float32",
+    revision: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Whether the split model is the whole one: a tiny copy in float64 with every gradient, then the checkpoint.
+
+    Raises: DifferenceFound outside of the promise, with the record in its `record`; PlanError, InputError.
+    """
+    split = parse_split(layout)
+    for module in ("torch", "transformers"):
+        extras.need(module, extra="torch", purpose="fanfold equal")
+    from fanfold.parallel import equal as check
+    from fanfold.parallel.split import config_of
+    from fanfold.parallel.tiny import save_tiny
+
+    checkpoint = find_checkpoint(model, revision=revision, tokenizer=False)
+    config = config_of(checkpoint.path)
+    _check(str(checkpoint.path), split, dtype)
+    ranks = _start(split, timeout_s=60.0)
+    try:
+        with scratch_folder() as folder:
+            save_tiny(config, folder / "tiny", split.tensor, split.pipeline, seed)
+            values = {"folder": str(folder / "tiny"), "dtype": "float64", "gradients": True}
+            ranks.ask("compare", values)
+            of_tiny = ranks.answers(ANSWER_S)
+        ranks.ask("compare", {"folder": str(checkpoint.path), "dtype": dtype, "gradients": False})
+        of_checkpoint = ranks.answers(ANSWER_S)
+    finally:
+        ranks.close()
+    tiny_worst, checkpoint_worst = check.worst_of(of_tiny), check.worst_of(of_checkpoint)
+    allowed = check.promise_of(config.model_type, "float64")
+    allowed_checkpoint = check.promise_of(config.model_type, dtype)
+    record = {
+        "units": split.units,
+        "world_pids": [answer["pid"] for answer in of_tiny],
+        "reference": tiny_worst["reference"],
+        "max_rel_logits": tiny_worst["max_rel_logits"],
+        "max_rel_loss": tiny_worst["max_rel_loss"],
+        "max_rel_grad": tiny_worst["max_rel_grad"],
+        "worst_grad_name": tiny_worst["worst_grad_name"],
+        "num_grads": tiny_worst["num_grads"],
+        "collectives": tiny_worst["collectives"],
+        "collective_bytes": tiny_worst["bytes"],
+        "level": "B" if split.tensor == 1 and tiny_worst["bitwise"] and checkpoint_worst["bitwise"] else "T",
+        "layout": str(split),
+        "promise": allowed,
+        "checkpoint": {
+            "dtype": dtype,
+            "max_rel_logits": checkpoint_worst["max_rel_logits"],
+            "max_rel_loss": checkpoint_worst["max_rel_loss"],
+            "promise": allowed_checkpoint,
+        },
+    }
+    errors = [tiny_worst[key] for key in ("max_rel_logits", "max_rel_loss", "max_rel_grad")]
+    if not (max(errors) <= allowed and checkpoint_worst["max_rel_logits"] <= allowed_checkpoint) or any(
+        map(math.isnan, errors)
+    ):
+        error = DifferenceFound(
+            f"{checkpoint.shown} with --layout {split}",
+            found=f"relative errors {errors[0]:.2g} (logits), {errors[1]:.2g} (loss), {errors[2]:.2g} (gradient of "
+            f"{tiny_worst['worst_grad_name'] or '-'}); the checkpoint in {dtype}: "
+            f"{checkpoint_worst['max_rel_logits']:.2g}",
+            allowed=f"{allowed:g} in float64, {allowed_checkpoint:g} in {dtype}",
+            do="report this with the model's name",
+        )
+        error.record = record  # type: ignore[attr-defined]
+        raise error
+    return record
+
+
+def certificate(record: dict[str, Any], shown: str) -> str:
+    """What `fanfold equal` prints."""
+    of = record["checkpoint"]
+    calls = ", ".join(f"{count} {kind}" for kind, count in record["collectives"].items()) or "none"
+    return (
+        f"{shown}, {record['layout']} on {record['units']} processes: equal to the whole {record['reference']}\n"
+        f"  a tiny copy in float64: logits {record['max_rel_logits']:.1e}, loss {record['max_rel_loss']:.1e}, "
+        f"{record['num_grads']} gradients at most {record['max_rel_grad']:.1e} ({record['worst_grad_name'] or '-'}); "
+        f"allowed {record['promise']:.0e}\n"
+        f"  the checkpoint in {of['dtype']}: outputs {of['max_rel_logits']:.1e}; allowed {of['promise']:.0e}\n"
+        f"  collectives of one step forward and back: {calls}"
+    )
+
+
+def _check(folder: str, split: Split, dtype: str) -> None:
+    """PlanError for what cannot be, before any weight is read."""
+    if dtype not in _DTYPES:
+        raise PlanError(f"--dtype {dtype}", found="an unknown type", allowed=", ".join(_DTYPES), do="choose one")
+    from fanfold.parallel.families import family_of
+    from fanfold.parallel.rules import heads_of
+    from fanfold.parallel.split import config_of
+
+    config = config_of(folder)
+    if split.pipeline > config.num_hidden_layers:
+        raise PlanError(
+            f"--layout {split}",
+            found=f"{config.num_hidden_layers} layers",
+            allowed=f"pipeline=1 to pipeline={config.num_hidden_layers}: a stage holds a layer at the least",
+            do=f"use pipeline={config.num_hidden_layers}",
+        )
+    if split.tensor > 1:
+        family_of(config)
+    for rank in range(split.tensor):
+        heads_of(config, rank, split.tensor)
+
+
+class _Running:
+    """A group of ranks and the file over which they talk."""
+
+    def __init__(self, supervisor: Supervisor, group: Group, path: str, lead: int) -> None:
+        self._supervisor, self._group, self._path, self._lead = supervisor, group, path, lead
+
+    def ask(self, verb: str, values: dict[str, Any]) -> None:
+        for rank in range(self._group.size):
+            self._group.send(rank, (verb, values))
+
+    def answer(self, timeout_s: float) -> Any:
+        """Of the rank that has the result: the first of the last stage."""
+        return self._group.receive(self._lead, timeout_s)
+
+    def answers(self, timeout_s: float) -> list[Any]:
+        return [self._group.receive(rank, timeout_s) for rank in range(self._group.size)]
+
+    def close(self) -> None:
+        self._group.close()
+        self._supervisor.close()
+        with suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+
+def _start(split: Split, *, timeout_s: float, threads: int = 1) -> _Running:
+    from fanfold.parallel.program import Ranks
+    from fanfold.parallel.shared_file import new_path
+
+    path = new_path()
+    supervisor = Supervisor(imports=_IMPORTS, threads=threads)
+    try:
+        program = Ranks(path=path, split=split, threads=threads, timeout_s=timeout_s)
+        group = Group(supervisor, Unit(name="group"), program, split.units)
+    except BaseException:
+        supervisor.close()
+        Path(path).unlink(missing_ok=True)
+        raise
+    return _Running(supervisor, group, path, (split.pipeline - 1) * split.tensor)

@@ -1,0 +1,155 @@
+"""Whether a split model is the whole one: outputs, loss and every gradient.
+
+Relative error of a tensor: the largest difference over the largest value of the whole model's. Of a gradient, the
+values are those of its own tensor, or a millionth of the largest gradient where all of its own are smaller: some are
+zero by mathematics (a key's bias) and hold rounding errors only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fanfold.parallel.split import load_share
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from fanfold.parallel.comm import Comm
+    from fanfold.parallel.mesh import Split
+    from fanfold.parallel.shared import SharedGroup
+
+FLOAT64_PROMISE = 1e-10
+CASTS_PROMISE = 1e-6  # where the model's own code computes in float32 inside
+# Their norms, rotations or softmax cast to float32 whatever the weights are.
+CASTS = ("gptj", "olmo2", "qwen3", "bloom", "falcon")
+_FLOOR = 1e-6
+
+
+def inputs_for(model: Any, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Three rows of 17 tokens: whole, padded on the right, padded on the left where the model bears it."""
+    config = model.config.get_text_config()
+    chance = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, config.vocab_size, (3, 17), generator=chance)
+    mask = torch.ones_like(ids)
+    mask[1, 13:] = 0
+    if model.config.model_type != "bloom":  # rows of nothing but padding are NaN in the whole model, too
+        mask[2, :4] = 0
+    pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
+    return {"input_ids": torch.where(mask == 1, ids, pad), "attention_mask": mask}
+
+
+def compare(
+    folder: Path,
+    comm: Comm,
+    dtype: torch.dtype,
+    *,
+    gradients: bool,
+    skip: int | None = None,
+    split: Split | None = None,
+    world: SharedGroup | None = None,
+) -> dict[str, Any]:
+    """On one rank: its share against the whole model, both from `folder`. All ranks call it at once.
+
+    `skip`: the number of a collective that does nothing, to see whether its lack is found.
+    """
+    comm.calls.clear()
+    comm.bytes.clear()
+    comm.skip = skip
+    share = load_share(folder, comm, dtype, split=split, world=world)
+    stage = share.stage
+    whole = type(share.model).from_pretrained(str(folder), dtype=dtype, local_files_only=True).eval()
+    inputs = inputs_for(whole)
+    found = _outputs(share.model, inputs, stage.forward)
+    expected = _outputs(whole, inputs, whole)
+    assert expected is not None
+    record: dict[str, Any] = {
+        "max_rel_logits": 0.0 if found is None else relative(found[0], expected[0]),
+        "max_rel_loss": 0.0 if found is None else relative(found[1], expected[1]),
+        "bitwise": found is None or torch.equal(found[0], expected[0]),
+        "max_rel_grad": 0.0,
+        "worst_grad_name": "",
+        "grads": [],
+        "reference": type(whole).__name__,
+    }
+    if gradients:
+        stage.backward(None if found is None else found[1])
+        expected[1].backward()
+        record |= _gradients(share, whole)
+    comm.skip = None
+    record["skipped"] = comm.skipped
+    record["collectives"] = dict(comm.calls)
+    record["bytes"] = dict(comm.bytes)
+    return record
+
+
+def _outputs(
+    model: Any, inputs: dict[str, torch.Tensor], forward: Callable[..., Any]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Logits and the loss over them; without a head, the hidden states and their product with fixed random numbers.
+
+    None on a pipeline stage that is not the last.
+    """
+    heads = ("ForCausalLM", "ForMaskedLM", "LMHeadModel")
+    if type(model).__name__.endswith(heads):
+        out = forward(**inputs, labels=inputs["input_ids"])
+        return None if out is None else (out.logits, out.loss)
+    out = forward(**inputs)
+    if out is None:
+        return None
+    values = out.logits if "logits" in out else out.last_hidden_state
+    chance = torch.Generator().manual_seed(2)
+    weights = torch.randn(values.shape, generator=chance, dtype=torch.float64).to(values.dtype)
+    return values, (values * weights).sum()
+
+
+def _gradients(share: Any, whole: Any) -> dict[str, Any]:
+    theirs = dict(whole.named_parameters(remove_duplicate=False))
+    largest = max(float(p.grad.abs().max()) for p in theirs.values() if p.grad is not None)
+    worst, name_of_worst = 0.0, ""
+    compared: list[str] = []
+    for name, parameter in share.model.named_parameters(remove_duplicate=False):
+        expected = theirs[name].grad
+        if (expected is None) != (parameter.grad is None):
+            return {"max_rel_grad": math.inf, "worst_grad_name": f"{name} (on one side only)", "grads": compared}
+        if expected is None:
+            continue
+        compared.append(name)
+        floor = max(float(expected.abs().max()), _FLOOR * largest)
+        cut = share.cuts.get(name)
+        if cut is not None:
+            expected = expected.index_select(cut.dim, torch.tensor(cut.index))
+        error = float((parameter.grad - expected).abs().max()) / floor if expected.numel() else 0.0
+        if not error <= worst:
+            worst, name_of_worst = error, name
+    return {"max_rel_grad": worst, "worst_grad_name": name_of_worst, "grads": compared}
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference over the largest value."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def worst_of(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record of all ranks': the largest errors, NaN above all."""
+    merged = dict(records[0])
+    merged["num_grads"] = len({name for record in records for name in record["grads"]})
+    for record in records[1:]:
+        for key in ("max_rel_logits", "max_rel_loss"):
+            if not record[key] <= merged[key]:
+                merged[key] = record[key]
+        if not record["max_rel_grad"] <= merged["max_rel_grad"]:
+            merged["max_rel_grad"], merged["worst_grad_name"] = record["max_rel_grad"], record["worst_grad_name"]
+        merged["bitwise"] = merged["bitwise"] and record["bitwise"]
+    return merged
+
+
+def promise_of(model_type: str, dtype: str) -> float:
+    """The largest relative error that is allowed in the dtype."""
+    if dtype == "float64":
+        return CASTS_PROMISE if model_type in CASTS else FLOAT64_PROMISE
+    return 1e-3 if dtype == "float32" else 0.1
