@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fanfold.errors import InputError, PlanError, cause_line
+from fanfold.errors import cause_line
 from fanfold.tasks.generate import check_chat, vocabulary
 from fanfold.tasks.guide import Guides
+from fanfold.tasks.loading import open_model, open_tokenizer
 from fanfold.tasks.prompts import BadRow
 from fanfold.tasks.task import BadRows, Prepared
 
@@ -123,9 +124,7 @@ class GenerateOnUnit:
             import transformers
 
             transformers.utils.logging.set_verbosity_error()
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(self.task.checkpoint.path), local_files_only=True, trust_remote_code=False
-            )
+            self._tokenizer = open_tokenizer(self.task.checkpoint)
         return self._tokenizer
 
     def prepare(self, texts: Sequence[str], rows: Sequence[int]) -> Prepared:
@@ -169,35 +168,9 @@ class GenerateOnUnit:
         import transformers
 
         task = self.task
-        transformers.utils.logging.disable_progress_bar()
-        config = transformers.AutoConfig.from_pretrained(str(task.checkpoint.path), local_files_only=True)
-        loader = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-        try:
-            model, report = loader.from_pretrained(
-                str(task.checkpoint.path),
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                dtype=torch.float32 if task.dtype == "float32" else torch.bfloat16,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-            )
-        except (ValueError, OSError, KeyError, ImportError, RuntimeError) as error:
-            raise InputError(
-                f"loading {task.checkpoint.shown} with transformers",
-                found=cause_line(error),
-                allowed="a language model as save_pretrained writes it",
-                do="check the files of the folder, or update transformers",
-            ) from error
-        missing = sorted(report["missing_keys"])
-        if missing or report["mismatched_keys"]:
-            raise PlanError(
-                f"loading {task.checkpoint.shown}",
-                found=f"weights missing or of another shape: {', '.join(missing[:3]) or report['mismatched_keys']}",
-                allowed="a checkpoint with all weights of a language model, its head included",
-                do="use fanfold embed if it is a model without a head, or save it again",
-            )
-        return model.eval().to(self.device)
+        loader = transformers.AutoModelForSeq2SeqLM if task.encodes else transformers.AutoModelForCausalLM
+        dtype = torch.float32 if task.dtype == "float32" else torch.bfloat16
+        return open_model(loader, task.checkpoint, dtype=dtype).to(self.device)
 
     def _make_decoder(self) -> Any:
         from fanfold.tasks.alone import Alone
