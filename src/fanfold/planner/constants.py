@@ -1,0 +1,62 @@
+"""Every number of the cost model that is not in a datasheet or the catalogue, and where each came from.
+
+Calibration sources (never reported as zero-shot): FlashAttention-2 table 1 (FA2), Korthikanti 2022 table 4 (K4),
+published collectives (C), and single published runs (M: Llama 3 table 4, Nemotron-4, MT-NLG, MLPerf Eos).
+No number here was chosen on a row that docs/validation.md reports as zero-shot.
+"""
+
+from __future__ import annotations
+
+# Share of the datasheet's dense peak that large matrix products sustain in training, whole waves, no launch cost.
+# Ampere: FA2, 1.3B and 2.7B with FlashAttention-2, and the GEMM share of K4. Hopper: M, Llama 3 405B and
+# Nemotron-4 340B; a device at its power limit clocks down, which the datasheet's peak leaves out.
+MATMUL_EFFICIENCY = {
+    "Volta": 0.80,
+    "Ampere": 0.78,
+    "Ada": 0.75,
+    "Turing": 0.55,
+    "Hopper": 0.72,
+    "Blackwell": 0.72,
+    "Blackwell Ultra": 0.72,
+    "CDNA2": 0.60,
+    "CDNA3": 0.55,
+    "CDNA4": 0.55,
+    "TPU": 0.75,
+}
+MATMUL_EFFICIENCY_OTHER = 0.70
+# fp8 products gain less than the peak says: scaling, higher power per FLOP. M: MLPerf Eos GPT-3.
+FP8_EFFICIENCY = 0.80  # times the above
+
+# Tiles (rows, columns) of common GEMM kernels, and what each reaches of the largest one: a smaller tile reads more
+# per product (CUTLASS, efficient GEMM). K1 is the depth that filling the pipeline and writing the result costs.
+TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.97), (128, 64, 0.85), (64, 128, 0.85), (64, 64, 0.70))
+FILL_DEPTH = 128
+SPLIT_DEPTHS = (1, 2, 4, 8)  # a deep product with few tiles is cut along K
+
+# Share of the memory bandwidth that streaming kernels reach. K4: layer norm and dropout, with and without
+# sequence parallelism, differ by 0.5 ms.
+MEMORY_EFFICIENCY = 0.85
+
+# FlashAttention: share of the sustained product rate, forward and backward. FA2, 8,192 against 2,048 tokens.
+FLASH_FORWARD = {"Ampere": 0.72, "Hopper": 0.60, "Blackwell": 0.60}
+FLASH_BACKWARD = {"Ampere": 0.62, "Hopper": 0.52, "Blackwell": 0.52}
+FLASH_OTHER = (0.55, 0.45)
+FLASH_1 = 0.62  # FlashAttention-1 against 2: FA2
+FLASH_BACKWARD_FLOPS = 2.5  # five products instead of two: FA2, section 3.1
+
+# Kernels: shortest useful run on the device, and what the host needs to issue one (eager PyTorch; CUDA launches are
+# issued at about 4 us by C++ callers and 8 to 10 us by Python operators).
+KERNEL_S = 3e-6
+ISSUE_S = 7e-6
+
+# Collectives (C): start-up per step of a ring, NCCL's kernel included, and what a network card reaches.
+ALPHA_WITHIN_S = 10e-6
+ALPHA_ACROSS_S = 20e-6
+NETWORK_EFFICIENCY = 0.9
+# Where a link's all-reduce rate was not published: its share of the one-way rate (A100: 230 of 300).
+LINK_EFFICIENCY = 0.77
+
+# Memory: contexts of CUDA and NCCL as nvidia-smi shows them (1.3 to 1.6 GB), and what a caching allocator
+# reserves above what it has handed out (2 to 6 % of what comes and goes).
+CONTEXT_BYTES = 1.5e9
+ALLOCATOR_SLACK = 0.04
