@@ -9,7 +9,7 @@ from typing import Any
 
 from fanfold.errors import PlanError
 from fanfold.machine.catalogue import table
-from fanfold.planner.constants import LINK_EFFICIENCY, NETWORK_EFFICIENCY
+from fanfold.planner.constants import LINK_EFFICIENCY, NETWORK_EFFICIENCY, USABLE_MEMORY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ def _entry(name: str) -> Accelerator:
         name=name,
         architecture="TPU" if entry["architecture"].startswith("TPU") else entry["architecture"],
         units=entry["units"],
-        memory_bytes=entry["memory_gb"] * 1e9,
+        memory_bytes=entry["memory_gb"] * 2**30 * USABLE_MEMORY,
         memory_bytes_per_s=entry["memory_gb_per_s"] * 1e9,
         peaks=tuple(peaks.items()),
         devices_per_node=_node_size(entry),

@@ -62,11 +62,11 @@ def _ring_share(within: int) -> float:
 
 
 def gather_s(cluster: Cluster, of: Group, num_bytes: float) -> float:
-    """All-gather to, or reduce-scatter from, `num_bytes` on every member."""
+    """All-gather to, or reduce-scatter from, `num_bytes` on every member: rings only, one hop a node."""
     if of.size <= 1 or num_bytes <= 0:
         return 0.0
     rate = bus_bytes_per_s(cluster, of)
-    start = ALPHA_WITHIN_S + (math.log2(of.nodes) * ALPHA_ACROSS_S if of.nodes > 1 else 0.0)
+    start = ALPHA_WITHIN_S + ((of.nodes - 1) * (ALPHA_ACROSS_S - ALPHA_WITHIN_S) if of.nodes > 1 else 0.0)
     return start + (of.size - 1) / of.size * num_bytes / rate
 
 

@@ -15,9 +15,9 @@ MATMUL_EFFICIENCY = {
     "Ampere": 0.78,
     "Ada": 0.75,
     "Turing": 0.55,
-    "Hopper": 0.72,
-    "Blackwell": 0.72,
-    "Blackwell Ultra": 0.72,
+    "Hopper": 0.67,
+    "Blackwell": 0.67,
+    "Blackwell Ultra": 0.67,
     "CDNA2": 0.60,
     "CDNA3": 0.55,
     "CDNA4": 0.55,
@@ -37,17 +37,21 @@ SPLIT_DEPTHS = (1, 2, 4, 8)  # a deep product with few tiles is cut along K
 # sequence parallelism, differ by 0.5 ms.
 MEMORY_EFFICIENCY = 0.85
 
-# FlashAttention: share of the sustained product rate, forward and backward. FA2, 8,192 against 2,048 tokens.
-FLASH_FORWARD = {"Ampere": 0.72, "Hopper": 0.60, "Blackwell": 0.60}
-FLASH_BACKWARD = {"Ampere": 0.62, "Hopper": 0.52, "Blackwell": 0.52}
+# FlashAttention: share of the sustained product rate, (forward, backward), heads of 128. FA2: 8,192 against 2,048
+# tokens on Ampere; its section 4 gives 335 TFLOP/s for both ways together on Hopper. "Current" is cuDNN's on Hopper,
+# between FlashAttention-2 and -3. FlashAttention-1 against 2: FA2 again.
+FLASH_2 = {"Ampere": (0.72, 0.62), "Hopper": (0.50, 0.45)}
+FLASH_CURRENT = {"Ampere": (0.72, 0.62), "Hopper": (0.60, 0.52), "Blackwell": (0.60, 0.52)}
 FLASH_OTHER = (0.55, 0.45)
-FLASH_1 = 0.62  # FlashAttention-1 against 2: FA2
+FLASH_1_SHARE = 0.62
 FLASH_BACKWARD_FLOPS = 2.5  # five products instead of two: FA2, section 3.1
 
-# Kernels: shortest useful run on the device, and what the host needs to issue one (eager PyTorch; CUDA launches are
-# issued at about 4 us by C++ callers and 8 to 10 us by Python operators).
+# Shortest useful run of a kernel on the device.
 KERNEL_S = 3e-6
-ISSUE_S = 7e-6
+# What the host needs to issue one layer in eager PyTorch: 0.57 ms forward and 0.35 ms backward for a GPT-2 layer on
+# a CPU (measured, docs/log.md), and 40 and 60 kernels launched at 5 us.
+HOST_FORWARD_S = 0.8e-3
+HOST_BACKWARD_S = 0.65e-3
 
 # Collectives (C): start-up per step of a ring, NCCL's kernel included, and what a network card reaches.
 ALPHA_WITHIN_S = 10e-6
@@ -59,4 +63,6 @@ LINK_EFFICIENCY = 0.77
 # Memory: contexts of CUDA and NCCL as nvidia-smi shows them (1.3 to 1.6 GB), and what a caching allocator
 # reserves above what it has handed out (2 to 6 % of what comes and goes).
 CONTEXT_BYTES = 1.5e9
+# A device sold with 80 GB has 80 GiB, of which the driver keeps a little: nvidia-smi shows 79.2 to 79.6.
+USABLE_MEMORY = 0.985
 ALLOCATOR_SLACK = 0.04

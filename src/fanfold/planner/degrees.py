@@ -21,6 +21,7 @@ class Degrees:
     interleave: int = 1
     zero: int = 0
     recompute: Recompute = "none"
+    recompute_share: float = 1.0  # of the layers, where recompute is full
     sequence_parallel: bool = True
 
     @property
@@ -45,6 +46,7 @@ class Degrees:
             "interleave": self.interleave,
             "zero": self.zero,
             "recompute": self.recompute,
+            "recompute_share": self.recompute_share,
             "sequence_parallel": self.sequence_parallel,
         }
 

@@ -11,7 +11,7 @@ class Framework:
     """Defaults are a current one: FlashAttention, fused kernels, communication behind computation."""
 
     name: str = "current"
-    flash: int = 2  # FlashAttention version, 0: scores are written out
+    flash: int = 3  # FlashAttention version, 3 a current one, 0: scores are written out
     fused: bool = True  # bias, activation, dropout and residual in one kernel each
     compiled: bool = False  # a compiler fuses what is between the products (XLA)
     dropout: bool = False
@@ -20,8 +20,9 @@ class Framework:
     data_overlap: bool = True
     pipeline_overlap: bool = True
     scatter_gather: bool = True  # a tensor group sends a stage's border in parts
-    gradient_bytes: int = 4
-    issue_s: float = 7e-6  # per kernel, on the host
+    gradient_bytes: int = 2
+    host: float = 1.0  # what the host needs to issue a layer, of eager PyTorch
+    interleaves: bool = True
     sharded_vocabulary: bool = True
 
 
@@ -40,13 +41,13 @@ _MEGATRON_2022 = replace(
     _MEGATRON_2021, name="Megatron-LM 2022", tensor_hidden=(0.0, 0.5), sequence_parallel=True, gradient_bytes=4
 )
 _FSDP = Framework(
-    name="PyTorch FSDP", fused=False, sequence_parallel=False, tensor_hidden=(0.0, 0.0), gradient_bytes=2
+    name="PyTorch FSDP", fused=False, sequence_parallel=False, tensor_hidden=(0.0, 0.0), flash=2, gradient_bytes=2
 )
 _KNOWN: tuple[tuple[str, Framework], ...] = (
     (r"megatron-lm 2022 no sp", replace(_MEGATRON_2022, sequence_parallel=False)),
     (r"megatron-lm 2022", _MEGATRON_2022),
     (r"megatron-lm 2021|megatron-lm v1|gpt-neox|megatron-lm 20(19|20)", _MEGATRON_2021),
-    (r"megatron-deepspeed", replace(_MEGATRON_2021, name="Megatron-DeepSpeed")),
+    (r"megatron-deepspeed", replace(_MEGATRON_2021, name="Megatron-DeepSpeed", interleaves=False)),
     (
         r"deepspeed.*zero",
         replace(_MEGATRON_2021, name="DeepSpeed ZeRO", data_overlap=True, scatter_gather=False),
@@ -54,11 +55,12 @@ _KNOWN: tuple[tuple[str, Framework], ...] = (
     (r"no flashattention", replace(_MEGATRON_2022, name="Megatron without FlashAttention", sequence_parallel=False)),
     (r"flashattention-1", replace(_FSDP, name="FlashAttention-1", flash=1, fused=True)),
     (r"flashattention-2", replace(_FSDP, name="FlashAttention-2", fused=True)),
-    (r"maxtext|paxml|jax|t5x", Framework(name="JAX", compiled=True, sequence_parallel=True, issue_s=0.0)),
-    (r"fsdp|composer|llm-foundry|torchtitan", _FSDP),
+    (r"maxtext|paxml|jax|t5x", Framework(name="JAX", compiled=True, sequence_parallel=True, host=0.0)),
+    (r"llm-foundry|composer", replace(_FSDP, flash=1)),  # attn_impl: triton, a port of FlashAttention-1
+    (r"fsdp|torchtitan", _FSDP),
     (
         r"ddp|bert",
-        replace(_FSDP, name="PyTorch DDP", flash=0, dropout=True, fused=True, issue_s=5e-6),
+        replace(_FSDP, name="PyTorch DDP", flash=0, dropout=True, fused=True, host=0.7),
     ),
     (r"nemo|megatron-core|mcore|megatron", CURRENT),
 )

@@ -12,11 +12,13 @@ from fanfold.plan.model import Attention, Layer, Linear
 from fanfold.planner.cluster import Cluster
 from fanfold.planner.collectives import allreduce_s, gather_s, group
 from fanfold.planner.constants import (
-    FLASH_1,
-    FLASH_BACKWARD,
+    FLASH_1_SHARE,
+    FLASH_2,
     FLASH_BACKWARD_FLOPS,
-    FLASH_FORWARD,
+    FLASH_CURRENT,
     FLASH_OTHER,
+    HOST_BACKWARD_S,
+    HOST_FORWARD_S,
     MEMORY_EFFICIENCY,
 )
 from fanfold.planner.degrees import Degrees
@@ -34,6 +36,7 @@ class Run:
     framework: Framework
     precision: str  # of the products: bf16, fp16, fp8, tf32, fp32
     length: int
+    frozen: bool = False  # weights without gradients: adapters are trained
 
     @property
     def tokens(self) -> int:
@@ -94,7 +97,7 @@ def layer_s(layer: Layer, run: Run) -> tuple[Terms, Terms]:
     _host(layer, run, forward, backward)
     recompute = run.degrees.recompute
     if recompute == "full":
-        backward = backward.plus(forward)
+        backward = backward.plus(forward, run.degrees.recompute_share)
     elif recompute == "selective" and not run.framework.flash:
         backward.attention += forward.attention
     return forward, backward
@@ -119,10 +122,12 @@ def _product(linear: Linear, run: Run, forward: Terms, backward: Terms) -> None:
     k, out = max(1, k), max(1, out)
     kind = run.precision
     forward.matmul += gemm_s(device, kind, n, k, out, batch)
-    backward.matmul += gemm_s(device, kind, n, out, k, batch) + gemm_s(device, kind, k, n, out, batch)
+    backward.matmul += gemm_s(device, kind, n, out, k, batch)
+    if not run.frozen:
+        backward.matmul += gemm_s(device, kind, k, n, out, batch)
     rate = device.memory_bytes_per_s * MEMORY_EFFICIENCY
     if kind == "fp8":  # read in 16 bits, written in 8, and once more transposed for the weights' gradient
-        forward.memory += batch * (n * k * 4 + k * out * 4) / rate
+        forward.memory += batch * n * k * (4 if linear.split == "row" else 2) / rate  # a norm writes 8 bits itself
         backward.memory += batch * n * out * 4 / rate
     if linear.bias and not run.framework.compiled:
         backward.memory += batch * n * out * run.activation_bytes / rate
@@ -145,9 +150,8 @@ def _attention(seen: Attention, run: Run, forward: Terms, backward: Terms) -> No
         return
     keys = seen.keys_seen(s)
     flops = 2.0 * b * heads * queries * keys * (seen.head_dim + seen.value_dim)
-    ahead = FLASH_FORWARD.get(device.architecture, FLASH_OTHER[0])
-    back = FLASH_BACKWARD.get(device.architecture, FLASH_OTHER[1])
-    share = _head_share((seen.head_dim + seen.value_dim) / 2) * (FLASH_1 if work.flash == 1 else 1.0)
+    ahead, back = (FLASH_CURRENT if work.flash > 2 else FLASH_2).get(device.architecture, FLASH_OTHER)
+    share = _head_share((seen.head_dim + seen.value_dim) / 2) * (FLASH_1_SHARE if work.flash == 1 else 1.0)
     sustained = sustained_flop_per_s(device, kind) * share
     forward.attention += flops / (sustained * ahead)
     backward.attention += FLASH_BACKWARD_FLOPS * flops / (sustained * back)
@@ -177,10 +181,13 @@ def _between(layer: Layer, run: Run, forward: Terms, backward: Terms) -> None:
         ahead = (2.0 * layer.norms + (3.0 + mask) * residuals) * hidden + (3.0 if layer.gated else 2.0) * wide
         back = (4.0 * layer.norms + (3.0 + 2.0 * mask) * residuals) * hidden + (5.0 if layer.gated else 3.0) * wide
     else:
-        ahead = (2.0 * layer.norms + 3.0 * residuals) * hidden + (5.0 if layer.gated else 2.0) * wide
-        back = (4.0 * layer.norms + 3.0 * residuals) * hidden + (8.0 if layer.gated else 3.0) * wide
+        # operator by operator: a norm of roots is nine operators in 32 bits, positions are seven
+        norm = (18.0, 24.0) if layer.gated else (2.0, 4.0)
+        ahead = (norm[0] * layer.norms + 3.0 * residuals) * hidden + (5.0 if layer.gated else 2.0) * wide
+        back = (norm[1] * layer.norms + 3.0 * residuals) * hidden + (8.0 if layer.gated else 3.0) * wide
     heads = sum(seen.heads * seen.head_dim + seen.cache_width for seen in layer.attention)
-    copies = 2.0 * heads * run.tokens / run.degrees.tensor * run.activation_bytes  # positions, transposes
+    eager = not work.fused and not work.compiled and layer.gated
+    copies = (9.0 if eager else 2.0) * heads * run.tokens / run.degrees.tensor * run.activation_bytes
     if layer.experts:  # tokens are sorted by expert, and back
         copies += 4.0 * layer.chosen * hidden / max(1, run.degrees.tensor // run.spread)
     rate = run.cluster.accelerator.memory_bytes_per_s * MEMORY_EFFICIENCY
@@ -208,8 +215,9 @@ def _tensor(layer: Layer, run: Run, forward: Terms, backward: Terms) -> None:
 
 def _host(layer: Layer, run: Run, forward: Terms, backward: Terms) -> None:
     """What the host needs to issue the kernels, where the device is done sooner."""
-    kernels = 2 * len(layer.linears) + 8 * len(layer.attention) + 3 * layer.norms + (0 if run.framework.fused else 8)
-    if layer.experts:
-        kernels += 20
-    for terms, times in ((forward, 1.0), (backward, 2.0)):
-        terms.launch += max(0.0, times * kernels * run.framework.issue_s - terms.total)
+    parts = (1 + len(layer.attention)) / 2 * (3.0 if layer.experts else 1.0)
+    again = 1.0 if run.degrees.recompute == "full" else 0.0
+    forward.launch += max(0.0, parts * HOST_FORWARD_S * run.framework.host - forward.total)
+    busy = backward.total + again * forward.total
+    issue = parts * (HOST_BACKWARD_S + again * HOST_FORWARD_S) * run.framework.host
+    backward.launch += max(0.0, issue - busy)

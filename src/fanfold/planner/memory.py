@@ -7,7 +7,7 @@ is what that count leaves out.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fanfold.plan.model import Layer, Model
 from fanfold.planner.cluster import Cluster
@@ -55,22 +55,23 @@ def memory(training: Training, cluster: Cluster, degrees: Degrees) -> Memory:
             return (dense + sparse) * num_bytes
         return dense * num_bytes / copies + sparse * num_bytes / rest
 
+    if training.frozen:
+        grad_bytes = 0.0
     weights = over(3, 4.0 if wide else 2.0)
     gradients = over(2, grad_bytes)
-    optimizer = over(1, 8.0 if wide else 12.0)
+    optimizer = 0.0 if training.frozen else over(1, 8.0 if wide else 12.0)
     transient = _weight_gradient(model, degrees)
     if degrees.zero >= 3:  # two gathered layers at a time, one in use and one on its way
         biggest = max(block.layer.params - block.layer.expert_params for block in model.blocks) / degrees.tensor
         transient += 2 * biggest * (4.0 if wide else 2.0)
     activations = _activations(training, degrees)
-    allocated = weights + gradients + optimizer + activations + transient
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
         transient=transient,
-        runtime=CONTEXT_BYTES + ALLOCATOR_SLACK * (activations + transient) + 0.0 * allocated,
+        runtime=CONTEXT_BYTES + ALLOCATOR_SLACK * (activations + transient),
     )
 
 
@@ -116,7 +117,7 @@ def _activations(training: Training, degrees: Degrees) -> float:
     if v > 1:
         in_flight *= 1 + (p - 1) / (p * v)
     if degrees.recompute == "full":
-        first = in_flight * layers * kept + each
+        first = in_flight * layers * _kept(degrees, kept, each) + each
     else:
         first = in_flight * layers * each
     if model.head is None:
@@ -125,8 +126,26 @@ def _activations(training: Training, degrees: Degrees) -> float:
     table = 2.0 * tokens * model.hidden
     if p == 1:
         return first + logits + table
-    last = (1 + (v > 1)) * layers * (kept if degrees.recompute == "full" else each) + logits
+    last = (1 + (v > 1)) * layers * (_kept(degrees, kept, each) if degrees.recompute == "full" else each) + logits
     return max(first + table, last)
+
+
+def _kept(degrees: Degrees, kept: float, each: float) -> float:
+    """Bytes that a layer leaves until backward, where a share of the layers is recomputed."""
+    return degrees.recompute_share * kept + (1 - degrees.recompute_share) * each
+
+
+def just_enough(training: Training, cluster: Cluster, degrees: Degrees) -> Degrees:
+    """The layout with as few layers recomputed as fit, where all of them would fit and none would not."""
+    none = memory(training, cluster, replace(degrees, recompute="none")).total
+    full = memory(training, cluster, replace(degrees, recompute="full", recompute_share=1.0)).total
+    if none <= cluster.memory_bytes:
+        return replace(degrees, recompute="none", recompute_share=1.0)
+    if full >= cluster.memory_bytes or none <= full:
+        return replace(degrees, recompute="full", recompute_share=1.0)
+    layers = max(1, math.ceil(training.model.layers / degrees.pipeline))
+    share = math.ceil(layers * (none - cluster.memory_bytes) / (none - full)) / layers
+    return replace(degrees, recompute="full", recompute_share=min(1.0, share))
 
 
 def fits(training: Training, cluster: Cluster, degrees: Degrees) -> bool:

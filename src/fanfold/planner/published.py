@@ -14,7 +14,7 @@ from fanfold.plan.workload import catalogue_name, from_dimensions
 from fanfold.planner.cluster import Cluster, from_words
 from fanfold.planner.degrees import Degrees
 from fanfold.planner.framework import Framework, framework
-from fanfold.planner.memory import memory
+from fanfold.planner.memory import just_enough, memory
 from fanfold.planner.training import Training
 
 COLUMNS = (
@@ -24,6 +24,7 @@ COLUMNS = (
     "confidence", "notes",
 )  # fmt: skip
 Row = dict[str, str]
+OPEN = "open"  # recomputation not published: as few layers as fit
 
 
 class Unresolved(FanfoldError):
@@ -161,6 +162,7 @@ def training_case(row: Row) -> Case:
         length=length,
         precision=precision_of(row),
         framework=work,
+        frozen="lora" in (row.get("notes", "") + row["model"] + row["config_id"]).lower(),
     )
     return Case(training=training, cluster=cluster, layouts=tuple(layouts))
 
@@ -179,10 +181,11 @@ def _knobs(row: Row, model: Model, work: Framework, d: int, t: int, p: int, c: i
     zeros = _zeros(row, work)
     recomputes = _recomputes(row)
     experts = _known(row, "ep") or [_expert_degree(model, d * c * t)]
-    vpps = _known(row, "vpp") or _interleaves(row, model, p)
+    vpps = _known(row, "vpp") or (_interleaves(row, model, p) if work.interleaves else [1])
     return [
         Degrees(
-            data=d, tensor=t, pipeline=p, context=c, expert=e, micro_batch=m, interleave=v, zero=z, recompute=r,
+            data=d, tensor=t, pipeline=p, context=c, expert=e, micro_batch=m, interleave=v, zero=z,
+            recompute="selective" if r == OPEN else r, recompute_share=0.0 if r == OPEN else 1.0,
             sequence_parallel=work.sequence_parallel,
         )
         for m, z, r, e, v in product(micros or [1], zeros, recomputes, experts, vpps)
@@ -218,13 +221,16 @@ def _recomputes(row: Row) -> list[Any]:
         return ["selective"]
     if "full" in text or text.startswith("yes"):
         return ["full"]
-    return ["none", "selective", "full"]
+    return [OPEN]
 
 
 def usable(case: Case) -> list[Degrees]:
     """Layouts that fit, or where none does, those that need the least: the row did run."""
-    sized = [(memory(case.training, case.cluster, one).total, one) for one in case.layouts]
-    good = [one for size, one in sized if size <= case.cluster.memory_bytes * 1.06]
+    layouts = [
+        one if one.recompute_share else just_enough(case.training, case.cluster, one) for one in case.layouts
+    ]
+    sized = [(memory(case.training, case.cluster, one).total, one) for one in layouts]
+    good = [one for size, one in sized if size <= case.cluster.memory_bytes]
     if good:
         return good
     least = min(size for size, _ in sized)

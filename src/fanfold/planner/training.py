@@ -25,6 +25,7 @@ class Training:
     length: int
     precision: str = "bf16"
     framework: Framework = CURRENT
+    frozen: bool = False  # only adapters are trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,8 @@ def step(training: Training, cluster: Cluster, degrees: Degrees) -> Step:
     """One step: `micro_batches` through the pipeline, gradients summed, weights updated."""
     model, work = training.model, training.framework
     run = Run(
-        cluster=cluster, degrees=degrees, framework=work, precision=training.precision, length=training.length
+        cluster=cluster, degrees=degrees, framework=work, precision=training.precision, length=training.length,
+        frozen=training.frozen,
     )
     m = micro_batches(training, degrees)
     p = degrees.pipeline
@@ -161,7 +163,7 @@ def _gradients(model: Model, run: Run, m: int, ahead_s: float, back_s: float, de
     dense, sparse = params_per_device(model, degrees)
     copies = degrees.data * degrees.context
     work = run.framework
-    if copies == 1 or degrees.zero >= 3:
+    if copies == 1 or degrees.zero >= 3 or run.frozen:
         return 0.0
     if degrees.zero == 0:
         whole = data.gradients_s(run.cluster, degrees, dense, work.gradient_bytes)
@@ -192,8 +194,9 @@ def _zero3(model: Model, run: Run, ahead_s: float, back_s: float) -> tuple[float
     degrees, work = run.degrees, run.framework
     dense, sparse = params_per_device(model, degrees)
     params = dense + sparse
-    gather = zero.weights_s(run.cluster, degrees, params)
-    reduce = zero.reduce_s(run.cluster, degrees, params, work.gradient_bytes)
+    layers = math.ceil(model.layers / degrees.pipeline)  # a collective a layer: each pays the ring's start-up
+    gather = layers * zero.weights_s(run.cluster, degrees, params / layers)
+    reduce = 0.0 if run.frozen else layers * zero.reduce_s(run.cluster, degrees, params / layers, work.gradient_bytes)
     if not work.data_overlap:
         return gather, gather + reduce
     one = 1 / max(1, model.layers)
@@ -203,6 +206,8 @@ def _zero3(model: Model, run: Run, ahead_s: float, back_s: float) -> tuple[float
 def _update_s(model: Model, run: Run) -> float:
     """Adam over this device's part: gradient, two moments and 32-bit weights read and written once."""
     degrees = run.degrees
+    if run.frozen:
+        return 0.0
     dense, sparse = params_per_device(model, degrees)
     parts = degrees.data * degrees.context if degrees.zero >= 1 else 1
     rate = run.cluster.accelerator.memory_bytes_per_s * MEMORY_EFFICIENCY
