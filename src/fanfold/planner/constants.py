@@ -66,3 +66,15 @@ CONTEXT_BYTES = 1.5e9
 # A device sold with 80 GB has 80 GiB, of which the driver keeps a little: nvidia-smi shows 79.2 to 79.6.
 USABLE_MEMORY = 0.985
 ALLOCATOR_SLACK = 0.04
+
+# Inference. Kernels beside the products in one layer (norms, positions, cache, attention, activation), replayed from
+# a graph. What a serving engine adds to a step, and to it per sequence: schedulers in Python need milliseconds (the
+# vLLM 0.6 notes put scheduling and sampling beside the device's work), runtimes in C++ a fraction. Not fitted.
+LAYER_KERNELS = 8
+ENGINE_S = {"python": (2e-3, 1e-4), "native": (0.5e-3, 1e-5), "eager": (2e-3, 1e-4)}
+EAGER_LAYER_S = 0.3e-3  # issuing one layer without gradients and without graphs: a third of HOST_FORWARD_S
+PREFILL_S = 5e-3  # from a request's arrival to its step, and back: tokenising, queueing, the first token's way out
+CACHE_EFFICIENCY = 0.75  # of streaming: keys and values lie in pages
+MEMORY_FOR_CACHE = 0.90  # of what weights leave
+MOST_SEQUENCES = 2048
+"""Sequences an engine runs at once at most."""
