@@ -9,6 +9,8 @@ ff.map(f, rows, on="cpu:2")
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from fanfold.job.engines import shutdown as shutdown
     from fanfold.job.fold import fold as fold
     from fanfold.job.fold import map as map
+    from fanfold.job.plan import plan as plan
     from fanfold.job.verify import verify as verify
     from fanfold.merge import ArgMax as ArgMax
     from fanfold.merge import Concat as Concat
@@ -40,6 +43,7 @@ _PUBLIC = {
     "embed": "fanfold.job.embed",
     "fold": "fanfold.job.fold",
     "map": "fanfold.job.fold",
+    "plan": "fanfold.job.plan",
     "verify": "fanfold.job.verify",
     "shutdown": "fanfold.job.engines",
     "ArgMax": "fanfold.merge",
@@ -80,6 +84,7 @@ __all__ = [
     "embed",
     "fold",
     "map",
+    "plan",
     "shutdown",
     "verify",
 ]
@@ -92,8 +97,24 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    globals()[name] = value
+    if name != "plan":  # also the name of a package
+        globals()[name] = value
     return value
+
+
+class _Front(types.ModuleType):
+    """`ff.plan` is the function; the package of the same name is still there to import from."""
+
+    @property
+    def plan(self) -> Any:
+        return __getattr__("plan")
+
+    @plan.setter
+    def plan(self, value: object) -> None:
+        """The import system sets submodules here."""
+
+
+sys.modules[__name__].__class__ = _Front
 
 
 def __dir__() -> list[str]:

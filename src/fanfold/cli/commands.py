@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from fanfold import __version__
+from fanfold.cli.plan_commands import plan
 
 DASH = "\0-"  # a bare "-" on its way through the parser
 
@@ -21,6 +22,7 @@ app = App(
     version=__version__,
     help_format="plaintext",
 )
+app.command(plan)
 
 
 @app.command

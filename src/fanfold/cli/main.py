@@ -18,6 +18,7 @@ Run a model over a whole dataset on every core, with the result that one core wo
   run JOB.toml            Carry out a job that a TOML file describes.
   verify OUT              Check a finished job: checksums, and a sample computed again, byte for byte.
   show OUT                Say what a run chose and why, how far it is, and what failed.
+  plan train|infer ...    Say which way to be parallel, how fast, how much memory, and why; also: plan validate.
   machine                 Say what this process may use of the machine, and how fast it is.
 
   fanfold COMMAND --help says more. Exit codes: 0 all rows; 1 failed; 2 not started; 3 some rows failed;

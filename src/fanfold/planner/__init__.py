@@ -8,7 +8,7 @@ from typing import Any
 def __getattr__(name: str) -> Any:
     """`fanfold.planner.predict`, `cluster`, ... when they are first used: jobs need `planner.units` alone."""
     if name == "predict":
-        from fanfold.planner.predict import predict
+        from fanfold.planner.prediction import predict
 
         return predict
     raise AttributeError(f"module 'fanfold.planner' has no attribute {name!r}")

@@ -10,7 +10,7 @@ from fanfold.planner.cluster import Cluster
 from fanfold.planner.degrees import Degrees
 from fanfold.planner.inference import Load, Serving
 from fanfold.planner.memory import just_enough, memory
-from fanfold.planner.predict import Prediction, check, predict, too_big
+from fanfold.planner.prediction import Prediction, check, predict, too_big
 from fanfold.planner.training import Training, step
 
 FIXABLE = ("data", "tensor", "pipeline", "context", "expert", "micro_batch", "interleave", "zero")
@@ -204,7 +204,7 @@ def best_serving(
 
 def why_worse(best: Prediction, other: Prediction) -> str:
     """The term that costs the other layout most more than the best."""
-    from fanfold.planner.predict import meaning
+    from fanfold.planner.prediction import meaning
 
     if best.step_time_s is None or other.step_time_s is None:
         share = 1 - other.tokens_per_s / best.tokens_per_s

@@ -24,9 +24,9 @@ def is_calibration(source: str) -> bool:
 
 def validate(rows: Iterable[Row], shipped: Iterable[Row] = ()) -> list[dict[str, Any]]:
     """One record per source, kind and metric; `shipped` are the tables that the null model may look at."""
-    rows = list(rows)
+    rows, shipped = list(rows), list(shipped)
     scored, skipped = score_all(rows)
-    others = score_all(list(shipped))[0] if shipped else []
+    others = scored if shipped == rows else score_all(shipped)[0]
     groups: dict[tuple[str, str, str], list[Scored]] = defaultdict(list)
     for one in scored:
         groups[one.row["source"], one.kind, one.row["metric"]].append(one)
