@@ -99,9 +99,9 @@ def chosen(rows: Iterable[Row]) -> list[Row]:
     return list(best.values())
 
 
-def measured(row: Row) -> float:
-    """The value in seconds, in units a second, or in TFLOP/s; PlanError for a unit that cannot be one."""
-    value, unit, metric = real(row, "value"), row.get("unit", "").strip(), row["metric"]
+def check_unit(row: Row) -> float:
+    """What the unit is of seconds, of one a second, or of TFLOP/s; PlanError where it cannot be the metric's."""
+    unit, metric = row.get("unit", "").strip(), row["metric"]
     lowered = unit.lower()
     if metric in ("step_time",) or SERVING.get(metric) in ("ttft", "itl", "latency", "prefill", "decode"):
         factor = _SECONDS.get(lowered)
@@ -117,6 +117,12 @@ def measured(row: Row) -> float:
             allowed="s or ms for times, tok/s, seq/s or req/s for rates, TFLOP/s",
             do="correct the unit",
         )
+    return factor
+
+
+def measured(row: Row) -> float:
+    """The value in seconds, in units a second, or in TFLOP/s."""
+    factor, value = check_unit(row), real(row, "value")
     if value is None or not math.isfinite(value) or value <= 0:
         raise Unresolved("row", found=f"value {row.get('value', '')[:20]!r}", allowed="", do="")
     return value * factor

@@ -7,8 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+from fanfold.errors import FanfoldError
 from fanfold.planner.published import Row
-from fanfold.planner.scoring import Scored, Weighed, chosen, ran_out, said_to_fit, score, weigh
+from fanfold.planner.published_inference import METRICS as SERVING
+from fanfold.planner.scoring import Scored, Weighed, check_unit, chosen, ran_out, said_to_fit, score, weigh
 
 # Sources that constants were taken from: never counted as zero-shot.
 CALIBRATION = (
@@ -53,17 +55,19 @@ def _has(groups: dict[tuple[str, str, str], list[Scored]], source: str) -> bool:
 
 def score_all(rows: list[Row]) -> tuple[list[Scored], list[tuple[tuple[str, str, str], str, str]]]:
     """Rows predicted, and rows skipped: ((source, kind, metric), config_id, why)."""
-    from fanfold.planner.published_inference import METRICS as SERVING
-    from fanfold.planner.published import Unresolved
-
     scored, skipped = [], []
     for row in chosen(rows):
+        check_unit(row)
         try:
             scored.append(score(row))
-        except Unresolved as error:
-            kind = "infer" if row["metric"] in SERVING else "train"
+        except FanfoldError as error:
             why = f"{error.asked}: {error.found}"
-            skipped.append(((row["source"], kind, row["metric"]), row["config_id"], why))
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # a table can hold anything
+            why = f"numbers that cannot be: {type(error).__name__}: {error}"
+        else:
+            continue
+        kind = "infer" if row["metric"] in SERVING else "train"
+        skipped.append(((row["source"], kind, row["metric"]), row["config_id"], why))
     return scored, skipped
 
 
