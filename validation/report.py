@@ -58,14 +58,12 @@ def verdict(text: str, value: float | None, gate: float, stretch: float, *, abov
 
 def report() -> str:
     rows = [row for file in sorted((ROOT / "validation").glob("*.csv")) for row in read(str(file))]
-    records = validate(rows, rows)
+    records = validate(rows)
     scored, _ = score_all(rows)
     fresh = [one for one in scored if not is_calibration(one.row["source"])]
     train = [one for one in fresh if one.kind == "train"]
     dense = [
-        one
-        for one in train
-        if one.row["accelerator"].startswith(("A100", "H100")) and not model_of(one.row).experts
+        one for one in train if one.row["accelerator"].startswith(("A100", "H100")) and not model_of(one.row).experts
     ]
     of = {name: [one for one in fresh if name in one.row["source"]] for name in ("vTrain", "Korthikanti", "foundry")}
     multi = [one for one in of["vTrain"] if "multi" in one.row["source"]]
@@ -87,10 +85,19 @@ def report() -> str:
     lines.append(verdict("the same, 90th percentile", quantile(sizes, 0.9), 0.25, 0.20))
     mean = lambda ones: statistics.fmean(abs(one.error) for one in ones)  # noqa: E731
     lines.append(verdict(f"vTrain multi-node, {len(multi)} rows: mean", mean(multi), 0.12, 0.10))
-    lines.append(verdict(f"Korthikanti table 5, {len(of['Korthikanti'])} rows: mean", mean(of["Korthikanti"]), 0.08, 0.036))
+    lines.append(
+        verdict(f"Korthikanti table 5, {len(of['Korthikanti'])} rows: mean", mean(of["Korthikanti"]), 0.08, 0.036)
+    )
     groups = [ranking(multi), ranking(of["foundry"])]
     regrets = [regret for _, found in groups for regret in found]
-    lines.append(verdict(f"regret over {len(regrets)} groups of vTrain and llm-foundry: median", statistics.median(regrets), 0.03, 0.01))
+    lines.append(
+        verdict(
+            f"regret over {len(regrets)} groups of vTrain and llm-foundry: median",
+            statistics.median(regrets),
+            0.03,
+            0.01,
+        )
+    )
     lines.append(verdict("the same, worst", max(regrets), 0.15, 0.10))
     for (value, _), name in zip(groups, ("vTrain multi-node", "llm-foundry"), strict=True):
         lines.append(verdict(f"rank correlation, {name}", value, 0.9, 0.9, above=True))
@@ -110,15 +117,21 @@ def report() -> str:
     judged = [r for r in records if r["kind"] == "train" and not r["calibration"] and r["n_predicted"] >= 5]
     judged = [r for r in judged if r["null_loso_mape"] is not None]
     better = [r for r in judged if r["mape"] <= r["null_loso_mape"]]
-    lines.append(f"| better than one efficiency learnt from the other sources | {len(better)} of {len(judged)} sources | all | |")
+    lines.append(
+        f"| better than one efficiency learnt from the other sources | {len(better)} of {len(judged)} sources | all | |"
+    )
     memory = [r for r in records if r["memory_mape"] is not None]
     under = max((r["memory_worst_under"] for r in memory), default=None)
     lines.append(verdict("memory, worst under the published", under, 0.05, 0.02))
-    lines.append(f"| false \"fits\" | {sum(r['false_fits'] or 0 for r in records)} | 0 | the shipped tables hold no failed runs |")
+    lines.append(
+        f'| false "fits" | {sum(r["false_fits"] or 0 for r in records)} | 0 | the shipped tables hold no failed runs |'
+    )
     worse = [r for r in judged if r not in better]
     lines += ["", MISSED, ""]
     if worse:
-        named = "; ".join(f"{r['source'][-40:]} ({share(r['mape'])} against {share(r['null_loso_mape'])})" for r in worse)
+        named = "; ".join(
+            f"{r['source'][-40:]} ({share(r['mape'])} against {share(r['null_loso_mape'])})" for r in worse
+        )
         lines += [f"Sources on which the null model is better: {named}.", ""]
     lines += [
         "## Three protocols side by side",

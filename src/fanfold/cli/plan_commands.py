@@ -60,9 +60,7 @@ def train(
     """
     from fanfold.job.plan import plan_train
 
-    choice = plan_train(
-        model, on, global_batch=global_batch, seq=seq, fix=fix, precision=precision, cluster=cluster
-    )
+    choice = plan_train(model, on, global_batch=global_batch, seq=seq, fix=fix, precision=precision, cluster=cluster)
     return _show(choice, as_json=json_, as_csv=csv_, plot=plot)
 
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import PlanError
 from fanfold.job.plan_tables import nearest
-from fanfold.plan.model import Model
 from fanfold.plan.workload import from_catalogue, from_config
 from fanfold.planner import cluster as clusters
-from fanfold.planner.cluster import Cluster
 from fanfold.planner.inference import Load, Serving
 from fanfold.planner.prediction import Prediction, meaning
 from fanfold.planner.search import FIXABLE, Found, best_serving, best_training, fewer_is_faster, why_worse
 from fanfold.planner.training import Training
 from fanfold.quantity import format_bytes, format_duration, format_rate
+
+if TYPE_CHECKING:
+    from fanfold.plan.model import Model
+    from fanfold.planner.cluster import Cluster
 
 PRECISIONS = ("bf16", "fp16", "fp8", "tf32", "fp32")
 _BAR = 30
@@ -41,9 +43,7 @@ class Choice:
 
     def record(self) -> dict[str, Any]:
         """Plain values for --json."""
-        others = [
-            {**other.record(), "why_worse": why_worse(self.best, other)} for other in self.found.others
-        ]
+        others = [{**other.record(), "why_worse": why_worse(self.best, other)} for other in self.found.others]
         return {
             **self.best.record(),
             "memory_limit_bytes": round(self.cluster.memory_bytes),
@@ -80,7 +80,9 @@ class Choice:
         lines.append(f"layout      {best.named}")
         if best.step_time_s is not None:
             low, high = best.interval
-            lines.append(f"step        {_seconds(best.step_time_s)} (four of five between {_seconds(low)} and {_seconds(high)})")
+            lines.append(
+                f"step        {_seconds(best.step_time_s)} (four of five between {_seconds(low)} and {_seconds(high)})"
+            )
             lines.append(f"rate        {format_rate(best.tokens_per_s, 'tokens')}, MFU {best.mfu:.1%}")
         else:
             low, high = best.interval
@@ -88,7 +90,9 @@ class Choice:
                 f"rate        {format_rate(best.tokens_per_s, 'output tokens')}"
                 f" (four of five between {low:,.0f} and {high:,.0f}), MFU {best.mfu:.1%}"
             )
-            lines.append(f"latency     first token {_seconds(best.ttft_s or 0)}, then {_seconds(best.itl_s or 0)} a token")
+            lines.append(
+                f"latency     first token {_seconds(best.ttft_s or 0)}, then {_seconds(best.itl_s or 0)} a token"
+            )
         share = size / limit
         lines.append(f"memory      {format_bytes(size)} of {format_bytes(limit)} a device ({share:.0%})")
         held = sorted(best.memory_terms.items(), key=lambda one: -one[1])
@@ -205,7 +209,9 @@ def _positive(name: str, value: int) -> int:
 
 def _precision(name: str) -> str:
     if name not in PRECISIONS:
-        raise PlanError(f"--precision {name[:40]}", found="no such precision", allowed=", ".join(PRECISIONS), do="use one")
+        raise PlanError(
+            f"--precision {name[:40]}", found="no such precision", allowed=", ".join(PRECISIONS), do="use one"
+        )
     return name
 
 
@@ -248,7 +254,11 @@ def _training_changes(training: Training, cluster: Cluster, found: Found, held: 
     larger = replace(cluster, devices=2 * cluster.devices, devices_per_node=min(node, 2 * cluster.devices))
     trials = [
         (f"twice the devices ({larger.devices})", training, larger),
-        (f"twice the batch ({2 * training.global_batch})", replace(training, global_batch=2 * training.global_batch), cluster),
+        (
+            f"twice the batch ({2 * training.global_batch})",
+            replace(training, global_batch=2 * training.global_batch),
+            cluster,
+        ),
     ]
     if cluster.accelerator.has("fp8") and training.precision != "fp8":
         trials.append(("--precision fp8", replace(training, precision="fp8"), cluster))
@@ -311,7 +321,11 @@ def plan_infer(
     changes = []
     for name, other_load, other in (
         (f"twice the concurrency ({2 * concurrency})", replace(load, concurrency=2 * concurrency), serving),
-        (f"half the concurrency ({max(1, concurrency // 2)})", replace(load, concurrency=max(1, concurrency // 2)), serving),
+        (
+            f"half the concurrency ({max(1, concurrency // 2)})",
+            replace(load, concurrency=max(1, concurrency // 2)),
+            serving,
+        ),
         ("--precision fp8", load, replace(serving, precision="fp8", cache_precision="fp8")),
     ):
         if name.startswith("--") and (precision == "fp8" or not where.accelerator.has("fp8")):
@@ -374,9 +388,7 @@ def plan(
             do="write ff.plan('gpt3-175b', '1024xA100-80GB-SXM', global_batch=1536)",
         )
     if global_batch is not None:
-        return plan_train(
-            model, on, global_batch=global_batch, seq=seq, fix=fix, precision=precision, cluster=cluster
-        )
+        return plan_train(model, on, global_batch=global_batch, seq=seq, fix=fix, precision=precision, cluster=cluster)
     assert input_tokens is not None
     return plan_infer(
         model,

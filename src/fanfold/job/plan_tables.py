@@ -11,8 +11,9 @@ from typing import Any
 from fanfold.errors import PlanError
 from fanfold.planner.cluster import Cluster, from_words
 from fanfold.planner.published import Row, check_columns, real, whole
-from fanfold.planner.scoring import chosen
-from fanfold.planner.validate import COVERAGE, coverage, validate
+from fanfold.planner.scoring import Scored, chosen
+from fanfold.planner.validate import COVERAGE as COVERAGE
+from fanfold.planner.validate import coverage, score_all, validate
 
 
 def shipped_folder() -> Path | None:
@@ -29,6 +30,11 @@ def shipped() -> tuple[Row, ...]:
     folder = shipped_folder()
     files = sorted(folder.glob("*.csv")) if folder else []
     return tuple(row for file in files for row in read(str(file)))
+
+
+@lru_cache(maxsize=1)
+def _shipped_scored() -> list[Scored]:
+    return score_all(list(shipped()))[0]
 
 
 def read(path: str) -> list[Row]:
@@ -50,7 +56,7 @@ def read(path: str) -> list[Row]:
 def validate_files(paths: tuple[str, ...]) -> tuple[list[dict[str, Any]], float]:
     """Records and the share of scorable rows that were predicted."""
     rows = [row for path in paths for row in read(path)]
-    records = validate(rows, shipped())
+    records = validate(rows, _shipped_scored())
     return records, coverage(records)
 
 

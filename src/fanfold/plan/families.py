@@ -6,10 +6,12 @@ Sizes are those of the classes in transformers (`AutoModelForCausalLM`, `...ForC
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fanfold.plan.model import Attention, Block, Layer, Linear, Model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Config: TypeAlias = dict[str, Any]
 
@@ -23,9 +25,7 @@ def mlp(hidden: int, ffn: int, *, gated: bool, bias: bool, experts: int = 0, cho
         experts=experts,
         chosen=chosen,
     )
-    down = Linear(
-        name="down", inputs=ffn, outputs=hidden, bias=bias, split="row", experts=experts, chosen=chosen
-    )
+    down = Linear(name="down", inputs=ffn, outputs=hidden, bias=bias, split="row", experts=experts, chosen=chosen)
     return up, down
 
 
@@ -183,9 +183,7 @@ def _opt(c: Config) -> Model:
 
 def _bloom(c: Config) -> Model:
     h = c["hidden_size"]
-    model = gpt_like(
-        "bloom", layers=c["n_layer"], hidden=h, heads=c["n_head"], vocab=c["vocab_size"]
-    )
+    model = gpt_like("bloom", layers=c["n_layer"], hidden=h, heads=c["n_head"], vocab=c["vocab_size"])
     return _replaced(model, other_params=model.other_params + 2 * h)  # a norm after the table
 
 
@@ -257,9 +255,14 @@ def _llama_like(c: Config) -> Model:
         if kind == "qwen2_moe":
             gate = Linear(name="shared_gate", inputs=h, outputs=1, split="none")
             shared = (*mlp(h, c["shared_expert_intermediate_size"], gated=True, bias=False), gate)
+        routed = mlp(h, width, gated=True, bias=own_bias, experts=experts, chosen=chosen)
         sparse = Layer(
-            linears=(*attend, router, *shared)
-            + mlp(h, width, gated=True, bias=own_bias, experts=experts, chosen=chosen),
+            linears=(
+                *attend,
+                router,
+                *shared,
+                *routed,
+            ),
             attention=(seen,),
             norms=wide,
             vectors=vectors,
@@ -292,6 +295,7 @@ def mla(c: Config) -> tuple[tuple[Linear, ...], Attention, int]:
     kv_rank, q_rank = c["kv_lora_rank"], c.get("q_lora_rank")
     bias = bool(c.get("attention_bias", False))
     queries = heads * (nope + rope)
+    to_q: tuple[Linear, ...]
     if q_rank:
         to_q = (
             Linear(name="q_down", inputs=h, outputs=q_rank, bias=bias, split="none"),
@@ -363,9 +367,7 @@ def _t5(c: Config) -> Model:
     own, seen = attention(h, heads, head_dim=kv, causal=False)
     _, masked = attention(h, heads, head_dim=kv)
     _, crossed = _cross(h, heads, kv)
-    encoder = Layer(
-        linears=(*own, *feed), attention=(seen,), norms=2, vectors=2 * h, gated=gated, ffn=ffn
-    )
+    encoder = Layer(linears=(*own, *feed), attention=(seen,), norms=2, vectors=2 * h, gated=gated, ffn=ffn)
     decoder = Layer(
         linears=(*own, *_cross(h, heads, kv)[0], *feed),
         attention=(masked, crossed),

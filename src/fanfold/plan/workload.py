@@ -81,10 +81,10 @@ def from_catalogue(name: str) -> Model:
             do="use one of these names, or a path to a config.json",
         )
     entry = table("models")[entry_name]
-    return from_dimensions(entry_name, **{key: entry[key] for key in _DIMENSIONS if key in entry})
+    return from_dimensions(entry_name, **{key: entry[key] for key in DIMENSIONS if key in entry})
 
 
-_DIMENSIONS = (
+DIMENSIONS = (
     "layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "gated", "bias", "tied", "positions", "causal", "head_dim",
     "experts", "chosen", "expert_ffn", "shared_ffn", "dense_layers", "every", "mla",
 )  # fmt: skip
@@ -122,9 +122,7 @@ def from_dimensions(
     """A decoder, or with causal=False an encoder, from the numbers of a table."""
     bias = more.get("bias", True)
     more.setdefault("norm_width", 2 if bias else 1)
-    model = gpt_like(
-        name, layers=layers, hidden=hidden, heads=heads, vocab=vocab, causal=causal, **more
-    )
+    model = gpt_like(name, layers=layers, hidden=hidden, heads=heads, vocab=vocab, causal=causal, **more)
     if not causal:
         blocks = tuple(replace(block, side="encoder") for block in model.blocks)
         # token types and a norm after the tables, and a pooler: BERT

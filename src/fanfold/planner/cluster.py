@@ -91,17 +91,15 @@ def _aliases() -> dict[str, str]:
 
 
 def _longest_prefix(text: str) -> str | None:
-    """The entry whose name or alias the text starts with; the longest one."""
-    wanted = _plain(text)
+    """The entry whose name or alias the text starts with, up to the end of a word; the longest one."""
     names = {**{name: name for name in table("accelerators")}, **_aliases()}
-    best = max(
-        (name for name in names if wanted.startswith(_plain(name))), key=lambda name: len(_plain(name)), default=None
-    )
+    best = max((name for name in names if _starts(text, name)), key=len, default=None)
     return names[best] if best else None
 
 
-def _plain(text: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", text.lower())
+def _starts(text: str, name: str) -> bool:
+    words = r"[\s_-]*".join(re.escape(word) for word in re.split(r"[\s_-]+", name))
+    return re.match(rf"\s*(?:nvidia\s+|amd\s+|google\s+)?{words}(?![a-z0-9])", text, re.IGNORECASE) is not None
 
 
 def _entry(name: str) -> Accelerator:

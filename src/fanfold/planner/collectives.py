@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fanfold.planner.cluster import Cluster
 from fanfold.planner.constants import ALPHA_ACROSS_S, ALPHA_WITHIN_S
+
+if TYPE_CHECKING:
+    from fanfold.planner.cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

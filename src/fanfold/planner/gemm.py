@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from fanfold.planner.cluster import Accelerator
 from fanfold.planner.constants import (
     FILL_DEPTH,
     FP8_EFFICIENCY,
@@ -16,6 +16,9 @@ from fanfold.planner.constants import (
     SPLIT_DEPTHS,
     TILES,
 )
+
+if TYPE_CHECKING:
+    from fanfold.planner.cluster import Accelerator
 
 _BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1, "fp4": 0.5, "int4": 0.5}
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from fanfold.plan.model import Model
-from fanfold.planner.cluster import Cluster
 from fanfold.planner.collectives import allreduce_s, group
 from fanfold.planner.constants import (
     CACHE_EFFICIENCY,
@@ -27,6 +26,10 @@ from fanfold.planner.constants import (
     PREFILL_S,
 )
 from fanfold.planner.gemm import bytes_of, gemm_s, sustained_flop_per_s
+
+if TYPE_CHECKING:
+    from fanfold.plan.model import Model
+    from fanfold.planner.cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +68,7 @@ class Served:
 def weight_bytes(serving: Serving) -> float:
     """Of one device."""
     model = serving.model
-    tables = (model.embedding_params + (0 if model.head is None or model.tied else 0)) * 2.0
+    tables = model.embedding_params * 2.0
     rest = model.num_params - model.embedding_params
     return (tables + rest * bytes_of(serving.precision)) / serving.tensor
 
@@ -242,9 +245,7 @@ def _open(
     )
 
 
-def _capacity(
-    serving: Serving, cluster: Cluster, room: float, each: float, outputs: int, context: float
-) -> float:
+def _capacity(serving: Serving, cluster: Cluster, room: float, each: float, outputs: int, context: float) -> float:
     """Requests a second with the cache full."""
     step = decode_s(serving, cluster, room, context)
     return room / (room * each + outputs * step)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from fanfold.plan.model import Attention, Layer, Linear
-from fanfold.planner.cluster import Cluster
 from fanfold.planner.collectives import allreduce_s, gather_s, group
 from fanfold.planner.constants import (
     FLASH_1_SHARE,
@@ -21,10 +20,14 @@ from fanfold.planner.constants import (
     HOST_FORWARD_S,
     MEMORY_EFFICIENCY,
 )
-from fanfold.planner.degrees import Degrees
-from fanfold.planner.framework import Framework
 from fanfold.planner.gemm import gemm_s, sustained_flop_per_s
 from fanfold.planner.methods import context, expert
+
+if TYPE_CHECKING:
+    from fanfold.plan.model import Attention, Layer, Linear
+    from fanfold.planner.cluster import Cluster
+    from fanfold.planner.degrees import Degrees
+    from fanfold.planner.framework import Framework
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +71,7 @@ class Terms:
 
     @property
     def total(self) -> float:
-        return (
-            self.matmul + self.attention + self.memory + self.tensor + self.context + self.expert + self.launch
-        )
+        return self.matmul + self.attention + self.memory + self.tensor + self.context + self.expert + self.launch
 
     @property
     def compute(self) -> float:
@@ -203,10 +204,7 @@ def _tensor(layer: Layer, run: Run, forward: Terms, backward: Terms) -> None:
     of = group(run.cluster, t, 1)
     size = run.tokens * _hidden(layer) * run.activation_bytes
     pairs = len(layer.attention) + 1
-    if run.spread > 1:
-        each = 2 * gather_s(run.cluster, of, size)
-    else:
-        each = allreduce_s(run.cluster, of, size)
+    each = 2 * gather_s(run.cluster, of, size) if run.spread > 1 else allreduce_s(run.cluster, of, size)
     ahead, back = run.framework.tensor_hidden
     forward.tensor += pairs * each * (1 - ahead)
     again = 0.5 * pairs * each if run.spread > 1 else 0.0  # the input is gathered again for the weights' gradient

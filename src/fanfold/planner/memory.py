@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from fanfold.plan.model import Layer, Model
-from fanfold.planner.cluster import Cluster
 from fanfold.planner.constants import ALLOCATOR_SLACK, CONTEXT_BYTES
-from fanfold.planner.degrees import Degrees
 from fanfold.planner.training import Training, micro_batches, params_per_device
+
+if TYPE_CHECKING:
+    from fanfold.plan.model import Layer, Model
+    from fanfold.planner.cluster import Cluster
+    from fanfold.planner.degrees import Degrees
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import PlanError
-from fanfold.planner.cluster import Cluster
 from fanfold.planner.constants import CONTEXT_BYTES, INTERVAL
-from fanfold.planner.degrees import Degrees
 from fanfold.planner.inference import Load, Serving, cache_bytes_per_token, most_sequences, serve, weight_bytes
 from fanfold.planner.memory import memory
 from fanfold.planner.training import Training, step
 from fanfold.quantity import format_bytes
+
+if TYPE_CHECKING:
+    from fanfold.planner.cluster import Cluster
+    from fanfold.planner.degrees import Degrees
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +196,7 @@ def _undivided(what: str, count: int, method: str, degree: int) -> PlanError:
 def too_big(what: str, need: float, have: float, do: str) -> PlanError:
     return PlanError(
         what,
-        found=f"the layout that needs least holds {format_bytes(need)} on a device, {format_bytes(need - have)} too much",
+        found=f"at least {format_bytes(need)} on a device, {format_bytes(need - have)} too much",
         allowed=f"{format_bytes(have)} on a device",
         do=do,
     )

@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import FanfoldError, PlanError
 from fanfold.machine.catalogue import table
-from fanfold.plan.model import Model
-from fanfold.plan.workload import catalogue_name, from_dimensions
+from fanfold.plan.workload import DIMENSIONS, catalogue_name, from_dimensions
 from fanfold.planner.cluster import Cluster, from_words
 from fanfold.planner.degrees import Degrees
 from fanfold.planner.framework import Framework, framework
 from fanfold.planner.memory import just_enough, memory
 from fanfold.planner.training import Training
+
+if TYPE_CHECKING:
+    from fanfold.plan.model import Model
 
 COLUMNS = (
     "source", "row", "config_id", "accelerator", "n_devices", "model", "n_params", "layers", "hidden", "heads",
@@ -60,9 +62,7 @@ def model_of(row: Row) -> Model:
     values: dict[str, Any] = {}
     if found:
         entry = table("models")[found]
-        keys = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "gated", "bias", "tied", "positions", "causal",
-                "head_dim", "experts", "chosen", "expert_ffn", "shared_ffn", "dense_layers", "every", "mla")  # fmt: skip
-        values = {key: entry[key] for key in keys if key in entry}
+        values = {key: entry[key] for key in DIMENSIONS if key in entry}
     for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab"):
         number = whole(row, key)
         if number:
@@ -226,9 +226,7 @@ def _recomputes(row: Row) -> list[Any]:
 
 def usable(case: Case) -> list[Degrees]:
     """Layouts that fit, or where none does, those that need the least: the row did run."""
-    layouts = [
-        one if one.recompute_share else just_enough(case.training, case.cluster, one) for one in case.layouts
-    ]
+    layouts = [one if one.recompute_share else just_enough(case.training, case.cluster, one) for one in case.layouts]
     sized = [(memory(case.training, case.cluster, one).total, one) for one in layouts]
     good = [one for size, one in sized if size <= case.cluster.memory_bytes]
     if good:

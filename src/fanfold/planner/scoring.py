@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from fanfold.errors import FanfoldError, PlanError
-from fanfold.planner.cluster import Cluster
-from fanfold.planner.degrees import Degrees
 from fanfold.planner.memory import Memory, fits, memory
 from fanfold.planner.published import Row, Unresolved, real, training_case, usable
 from fanfold.planner.published_inference import METRICS as SERVING
 from fanfold.planner.published_inference import RATES, offered, predict_row
 from fanfold.planner.training import Step, Training, step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fanfold.planner.cluster import Cluster
+    from fanfold.planner.degrees import Degrees
 
 # In the order in which one stands for a configuration that has several.
 TRAINING = (
@@ -22,7 +26,9 @@ TRAINING = (
     "hw_tflops_per_device",
 )  # fmt: skip
 _SECONDS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "h": 3600.0}
-_RATES = re.compile(r"(k|K|M)?\s*(tok|tokens?|seq|seqs|sequences?|samples?|req|requests?)(/s|/sec|ps)?(/(gpu|device|s/gpu))?", re.I)  # noqa: E501
+_RATES = re.compile(
+    r"(k|K|M)?\s*(tok|tokens?|seq|seqs|sequences?|samples?|req|requests?)(/s|/sec|ps)?(/(gpu|device|s/gpu))?", re.I
+)
 _FLOPS = {"tflop/s": 1.0, "tflops": 1.0, "tflop/s/gpu": 1.0, "pflop/s": 1e3, "gflop/s": 1e-3}
 _BYTES = {"b": 1.0, "mb": 1e6, "mib": 2.0**20, "gb": 1e9, "gib": 2.0**30}
 

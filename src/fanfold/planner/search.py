@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from fanfold.errors import PlanError
-from fanfold.planner.cluster import Cluster
 from fanfold.planner.degrees import Degrees
-from fanfold.planner.inference import Load, Serving
 from fanfold.planner.memory import just_enough, memory
 from fanfold.planner.prediction import Prediction, check, predict, too_big
 from fanfold.planner.training import Training, step
+
+if TYPE_CHECKING:
+    from fanfold.planner.cluster import Cluster
+    from fanfold.planner.inference import Load, Serving
 
 FIXABLE = ("data", "tensor", "pipeline", "context", "expert", "micro_batch", "interleave", "zero")
 Fixed = Mapping[str, int]
@@ -73,7 +76,9 @@ def layouts(training: Training, cluster: Cluster, fixed: Fixed) -> Iterator[Degr
     node = cluster.devices_per_node
     for t in _options(fixed, "tensor", [t for t in _powers(min(node, 64)) if model.heads % t == 0]):
         for p in _options(fixed, "pipeline", [p for p in _divisors(n, model.layers) if model.layers % p == 0]):
-            for c in _options(fixed, "context", [c for c in (1, 2, 4, 8, 16) if training.length // c >= 4096 or c == 1]):
+            for c in _options(
+                fixed, "context", [c for c in (1, 2, 4, 8, 16) if training.length // c >= 4096 or c == 1]
+            ):
                 if n % (t * p * c):
                     continue
                 d = n // (t * p * c)
@@ -90,7 +95,7 @@ def _knobs(training: Training, fixed: Fixed, d: int, t: int, p: int, c: int) -> 
     for m in _options(fixed, "micro_batch", [m for m in (1, 2, 4, 8, 16) if batch % (d * m) == 0]):
         if batch < d * m:
             continue
-        chunks = [v for v in (1, 2, 4, 6, 8) if per_stage % v == 0 and batch // (d * m) % p == 0 or v == 1]
+        chunks = [v for v in (1, 2, 4, 6, 8) if (per_stage % v == 0 and batch // (d * m) % p == 0) or v == 1]
         for v in _options(fixed, "interleave", chunks if p > 1 else [1]):
             for z in _options(fixed, "zero", default_zero):
                 for e in _options(fixed, "expert", copies):
@@ -117,7 +122,13 @@ def _none(training: Training, cluster: Cluster, fixed: Fixed) -> PlanError:
     split = {name: fixed.get(name, 1) for name in ("tensor", "pipeline", "context")}
     product = split["tensor"] * split["pipeline"] * split["context"]
     if n % product == 0 and fixed.get("data", n // product) == n // product:
-        whole = Degrees(data=n // product, **split, micro_batch=fixed.get("micro_batch", 1))
+        whole = Degrees(
+            data=n // product,
+            tensor=split["tensor"],
+            pipeline=split["pipeline"],
+            context=split["context"],
+            micro_batch=fixed.get("micro_batch", 1),
+        )
         check(training, cluster, whole)
     elif fixed:
         arithmetic = " x ".join(f"{name} {fixed[name]}" for name in (*split, "data") if name in fixed)
@@ -212,8 +223,6 @@ def why_worse(best: Prediction, other: Prediction) -> str:
         later = (other.itl_s or 0) * 1e3
         return f"{first}, {later:.1f} ms between tokens"
     more = other.step_time_s / best.step_time_s - 1
-    gap = {
-        name: other.terms.get(name, 0.0) - best.terms.get(name, 0.0) for name in {*best.terms, *other.terms}
-    }
+    gap = {name: other.terms.get(name, 0.0) - best.terms.get(name, 0.0) for name in {*best.terms, *other.terms}}
     name = max(gap, key=gap.__getitem__)
     return f"{more:+.1%}: {gap[name]:+.2f} s of {meaning(name)}"

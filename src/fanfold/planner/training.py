@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fanfold.plan.model import Model
-from fanfold.planner.cluster import Cluster
+from fanfold.planner.collectives import allreduce_s, gather_s, group
 from fanfold.planner.constants import MEMORY_EFFICIENCY
-from fanfold.planner.degrees import Degrees
 from fanfold.planner.framework import CURRENT, Framework
 from fanfold.planner.gemm import gemm_s
 from fanfold.planner.layer import Run, Terms, layer_s
-from fanfold.planner.collectives import allreduce_s, gather_s, group
 from fanfold.planner.methods import data, pipeline, zero
+
+if TYPE_CHECKING:
+    from fanfold.plan.model import Model
+    from fanfold.planner.cluster import Cluster
+    from fanfold.planner.degrees import Degrees
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +48,11 @@ def step(training: Training, cluster: Cluster, degrees: Degrees) -> Step:
     """One step: `micro_batches` through the pipeline, gradients summed, weights updated."""
     model, work = training.model, training.framework
     run = Run(
-        cluster=cluster, degrees=degrees, framework=work, precision=training.precision, length=training.length,
+        cluster=cluster,
+        degrees=degrees,
+        framework=work,
+        precision=training.precision,
+        length=training.length,
         frozen=training.frozen,
     )
     m = micro_batches(training, degrees)

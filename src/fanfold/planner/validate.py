@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import FanfoldError
-from fanfold.planner.published import Row
 from fanfold.planner.published_inference import METRICS as SERVING
 from fanfold.planner.scoring import Scored, Weighed, check_unit, chosen, ran_out, said_to_fit, score, weigh
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fanfold.planner.published import Row
 
 # Sources that constants were taken from: never counted as zero-shot.
 CALIBRATION = (
@@ -24,11 +27,11 @@ def is_calibration(source: str) -> bool:
     return any(source.lstrip('"').startswith(name) for name in CALIBRATION)
 
 
-def validate(rows: Iterable[Row], shipped: Iterable[Row] = ()) -> list[dict[str, Any]]:
-    """One record per source, kind and metric; `shipped` are the tables that the null model may look at."""
-    rows, shipped = list(rows), list(shipped)
+def validate(rows: Iterable[Row], others: list[Scored] | None = None) -> list[dict[str, Any]]:
+    """One record per source, kind and metric; `others` are what the null model may look at: the rows' own, if None."""
+    rows = list(rows)
     scored, skipped = score_all(rows)
-    others = scored if shipped == rows else score_all(shipped)[0]
+    others = scored if others is None else others
     groups: dict[tuple[str, str, str], list[Scored]] = defaultdict(list)
     for one in scored:
         groups[one.row["source"], one.kind, one.row["metric"]].append(one)
@@ -130,10 +133,10 @@ def null_mape(scored: list[Scored], known: list[Scored]) -> float | None:
             ratios[key].append(one.seconds[0] / one.ideal)
     errors = []
     for one in scored:
-        key = next((key for key in _null_keys(one) if key in ratios), None)
-        if key is None:
+        known_keys = [key for key in _null_keys(one) if key in ratios]
+        if not known_keys:
             continue
-        seconds = one.ideal * statistics.median(ratios[key])
+        seconds = one.ideal * statistics.median(ratios[known_keys[0]])
         errors.append(abs((1 / seconds if one.is_rate else seconds) / one.measured - 1))
     return statistics.fmean(errors) if errors else None
 
@@ -226,6 +229,3 @@ def in_sample(scored: list[Scored]) -> list[float]:
         factor = statistics.median(one.measured / one.predicted for one in members)
         errors += [one.predicted * factor / one.measured - 1 for one in members]
     return errors
-
-
-

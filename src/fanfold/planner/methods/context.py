@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from fanfold.planner.cluster import Cluster
+from typing import TYPE_CHECKING
+
 from fanfold.planner.collectives import group, send_s
-from fanfold.planner.degrees import Degrees
+
+if TYPE_CHECKING:
+    from fanfold.planner.cluster import Cluster
+    from fanfold.planner.degrees import Degrees
 
 
 def ring_s(cluster: Cluster, degrees: Degrees, tokens: int, cache_width: int, num_bytes: int = 2) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from fanfold.planner.cluster import Cluster
+from typing import TYPE_CHECKING
+
 from fanfold.planner.collectives import alltoall_s, group
-from fanfold.planner.degrees import Degrees
+
+if TYPE_CHECKING:
+    from fanfold.planner.cluster import Cluster
+    from fanfold.planner.degrees import Degrees
 
 
-def exchange_s(
-    cluster: Cluster, degrees: Degrees, tokens: int, hidden: int, chosen: int, num_bytes: int = 2
-) -> float:
+def exchange_s(cluster: Cluster, degrees: Degrees, tokens: int, hidden: int, chosen: int, num_bytes: int = 2) -> float:
     """Two all-to-alls of one layer, one way (forward or backward): there and back.
 
     A tensor group shares the tokens: each device sends its part, `chosen` copies of every token.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from fanfold.planner.cluster import Cluster
+from typing import TYPE_CHECKING
+
 from fanfold.planner.collectives import gather_s, group, send_s
-from fanfold.planner.degrees import Degrees
+
+if TYPE_CHECKING:
+    from fanfold.planner.cluster import Cluster
+    from fanfold.planner.degrees import Degrees
 
 
 def step_s(stages_s: list[float], micro_batches: int, interleave: int = 1) -> tuple[float, float]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from fanfold.planner.cluster import Cluster
+from typing import TYPE_CHECKING
+
 from fanfold.planner.collectives import gather_s, group
-from fanfold.planner.degrees import Degrees
+
+if TYPE_CHECKING:
+    from fanfold.planner.cluster import Cluster
+    from fanfold.planner.degrees import Degrees
 
 
 def reduce_s(cluster: Cluster, degrees: Degrees, params: float, gradient_bytes: float) -> float:
