@@ -106,6 +106,9 @@ FLAGS = {
         *("--cluster", "--concurrency", "--csv", "--fix", "--input-tokens", "--json", "--model", "--on"),
         *("--output-tokens", "--plot", "--precision", "--verbose"),
     ],
+    "plan embed": [
+        *("INPUTS", "--column", "--json", "--model", "--on", "--rows", "--tokens-per-row", "--verbose"),
+    ],
     "plan validate": ["TABLES", "--json", "--verbose"],
     "machine": ["--no-probe --probe", "--json", "--on", "--verbose"],
 }

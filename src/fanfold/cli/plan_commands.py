@@ -125,6 +125,45 @@ def infer(
 
 
 @plan.command
+def embed(
+    *inputs: str,
+    tokens_per_row: str | None = None,
+    rows: int | None = None,
+    model: str | None = None,
+    column: str = "text",
+    on: str = "cpu",
+    json_: _Json = False,
+    verbose: _Switch = False,
+) -> int:
+    """Say what fanfold embed would do on this machine: units, time and memory, and why.
+
+    Parameters
+    ----------
+    inputs
+        Files, folders or quoted globs, as for embed; their first 4,096 rows are looked at.
+    tokens_per_row
+        Instead of an input: median and 90th percentile of the tokens in a row, for example 23,120.
+    rows
+        How many rows there are, with --tokens-per-row.
+    model
+        A model folder or a Hugging Face id; the demo model if left away.
+    column
+        The column that holds the text.
+    on
+        Where to run: inline, cpu (all allowed cores) or cpu:N.
+    json_
+        Print it as JSON on stdout.
+    verbose
+        Show tracebacks.
+    """
+    from fanfold.job.plan_embed import plan_embed
+
+    found = plan_embed(inputs, tokens_per_row=tokens_per_row, rows=rows, model=model, column=column, on=on)
+    print(json.dumps(found.record(), indent=2) if json_ else found.text)
+    return 0
+
+
+@plan.command
 def validate(*tables: str, json_: _Json = False, verbose: _Switch = False) -> int:
     """Predict every row of tables of measurements, and say how far off the predictions are.
 
