@@ -10,6 +10,7 @@ import itertools
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -126,11 +127,8 @@ def plan_embed(
         prepare_s, size = 0.0, None
     plan = choose(where, machine, Job(weights_bytes=task.weights_bytes, input_bytes=size), numerics)
     scale = rows_all / max(1, len(lengths))
-    batches = [
-        batch
-        for piece in cut(range(len(lengths)), lengths, batch_tokens=numerics.batch_tokens).pieces
-        for batch in piece
-    ]
+    pieces = cut(range(len(lengths)), lengths, batch_tokens=numerics.batch_tokens).pieces
+    batches = [batch for piece in pieces for batch in piece]
     with held_threads(1):
         compute_s = scale * _compute_s(opened, [(batch.rows, batch.length) for batch in batches], numerics)
     units = len(plan.units)
@@ -217,9 +215,8 @@ def _compute_s(opened: Opened, shapes: list[tuple[int, int]], numerics: Numerics
         rows = max(1, numerics.batch_tokens // length)
         row = [filler[index % len(filler)] for index in range(length)]
         ids = [_array(filler, row)] * rows
-        points.append(
-            (length, median_run_s(lambda ids=ids, n=length: opened.compute(ids, n), _TIMED_S) / (rows * length))
-        )
+        seconds = median_run_s(partial(opened.compute, ids, length), _TIMED_S)
+        points.append((length, seconds / (rows * length)))
     return sum(rows * length * _between(points, length) for rows, length in shapes)
 
 
@@ -242,7 +239,7 @@ def _together(units: int) -> float:
         return 1.0
     probe = machine_record(measure=True)["probe"]
     cores = discover().cores
-    share = probe["gemm_all_cores_flop_per_s"] / (cores * probe["gemm_one_thread_flop_per_s"])
+    share: float = probe["gemm_all_cores_flop_per_s"] / (cores * probe["gemm_one_thread_flop_per_s"])
     return min(1.0, share) * min(1.0, cores / units)
 
 
