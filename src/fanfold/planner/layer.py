@@ -17,6 +17,7 @@ from fanfold.planner.constants import (
     FLASH_CURRENT,
     FLASH_OTHER,
     HOST_BACKWARD_S,
+    HOST_CHECKPOINT_S,
     HOST_FORWARD_S,
     MEMORY_EFFICIENCY,
 )
@@ -217,5 +218,5 @@ def _host(layer: Layer, run: Run, forward: Terms, backward: Terms) -> None:
     again = 1.0 if run.degrees.recompute == "full" else 0.0
     forward.launch += max(0.0, parts * HOST_FORWARD_S * run.framework.host - forward.total)
     busy = backward.total + again * forward.total
-    issue = parts * (HOST_BACKWARD_S + again * HOST_FORWARD_S) * run.framework.host
+    issue = parts * (HOST_BACKWARD_S + again * (HOST_FORWARD_S + HOST_CHECKPOINT_S)) * run.framework.host
     backward.launch += max(0.0, issue - busy)
