@@ -6,6 +6,7 @@ and what the engine adds. Prefill goes before decode, as in-flight batching has 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -209,43 +210,36 @@ def _open(
     outputs: int,
     context: float,
 ) -> Served:
-    """Requests come at their own rate; a queue grows where that is more than can be served."""
+    """Requests come at their own rate, `load.requests` of them; a queue grows where that is more than can be served.
+
+    Sequences decoded together follow from Little's law over the whole run: requests x residence / duration.
+    """
     asked = float(load.requests_per_s or 0.0)
     n = load.requests
-    busy = asked * each
-    sequences, step = 1.0, decode_s(serving, cluster, 1, context)
-    capacity = _capacity(serving, cluster, room, each, outputs, context)
-    if busy < 0.97 and asked < capacity:
-        for _ in range(30):  # Little's law: those decoded together are those that came meanwhile
-            itl = step / (1 - busy)
-            sequences = min(room, max(1.0, asked * outputs * itl))
-            step = decode_s(serving, cluster, sequences, context)
-        itl = step / (1 - busy)
-        wait = busy * alone / (2 * (1 - busy)) + (step / 2 if sequences > 1.5 else 0.0)
-        return Served(
-            ttft_s=PREFILL_S + alone + wait,
-            itl_s=itl,
-            requests_per_s=asked,
-            sequences=sequences,
-            terms=decode_terms(serving, cluster, sequences, context),
-        )
-    sequences = min(room, float(n))
-    step = decode_s(serving, cluster, sequences, context)
-    gap = each - (1 / asked if asked < 1e9 else 0.0)
-    turns = n / sequences
-    ttft = PREFILL_S + alone + max(0.0, n * gap / 2) + (turns - 1) / 2 * outputs * step
-    itl = step + sequences * each / (2 * outputs)
-    seconds = n * each + turns * outputs * step
+    arriving = n / asked if asked < math.inf else 0.0
+    busy = asked * each if asked < math.inf else math.inf
+    saturated = busy >= 0.97
+    prefills = n * each
+    sequences = step = 1.0
+    itl = decode_s(serving, cluster, 1, context)
+    for _ in range(40):
+        residence = outputs * itl
+        wanted = n * residence / (max(arriving, prefills) + residence)
+        sequences = 0.5 * (sequences + min(room, max(1.0, wanted)))
+        step = decode_s(serving, cluster, sequences, context)
+        itl = step + (prefills / 2 / outputs if saturated else busy * step / (1 - busy))
+    terms = decode_terms(serving, cluster, sequences, context)
+    shared = step - terms["matmul"] if sequences > 1.5 else 0.0  # a prompt's step decodes the others, too
+    if saturated:
+        waiting = max(0.0, prefills - arriving) / 2
+    else:
+        waiting = busy * alone / (2 * (1 - busy)) + (step / 2 if sequences > 1.5 else 0.0)
+    turns = max(0.0, n * outputs * step / room - max(arriving, prefills)) if sequences >= 0.99 * room else 0.0
+    duration = max(arriving, prefills) + outputs * step + turns  # nothing comes between the last ones' tokens
     return Served(
-        ttft_s=ttft,
+        ttft_s=PREFILL_S + alone + waiting + shared + turns / 2,
         itl_s=itl,
-        requests_per_s=n / seconds,
+        requests_per_s=n / duration if saturated or turns else asked,
         sequences=sequences,
-        terms=decode_terms(serving, cluster, sequences, context),
+        terms=terms,
     )
-
-
-def _capacity(serving: Serving, cluster: Cluster, room: float, each: float, outputs: int, context: float) -> float:
-    """Requests a second with the cache full."""
-    step = decode_s(serving, cluster, room, context)
-    return room / (room * each + outputs * step)
