@@ -93,7 +93,7 @@ def test_a_job_file_with_a_pair_sets_rows_without_it_aside(fanfold, docs, tmp_pa
     assert json.loads(done.out)["rows_failed"] == 3
     (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert row["row"] == 0
-    assert [entry["label"] for entry in row["labels"]][0] == row["label"]
+    assert next(entry["label"] for entry in row["labels"]) == row["label"]
     assert len(row["labels"]) == 2
     quarantine = (tmp_path / "out.jsonl.run" / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["error"] for line in quarantine] == ["MissingColumn", "NullText", "NotText"]
