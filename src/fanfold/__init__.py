@@ -9,6 +9,8 @@ ff.map(f, rows, on="cpu:2")
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from fanfold.job.fold import map as map
     from fanfold.job.generate import generate as generate
     from fanfold.job.parallel import parallel as parallel
+    from fanfold.job.plan import plan as plan
     from fanfold.job.verify import verify as verify
     from fanfold.merge import ArgMax as ArgMax
     from fanfold.merge import Concat as Concat
@@ -46,6 +49,7 @@ _PUBLIC = {
     "generate": "fanfold.job.generate",
     "map": "fanfold.job.fold",
     "parallel": "fanfold.job.parallel",
+    "plan": "fanfold.job.plan",
     "verify": "fanfold.job.verify",
     "shutdown": "fanfold.job.engines",
     "ArgMax": "fanfold.merge",
@@ -89,6 +93,7 @@ __all__ = [
     "generate",
     "map",
     "parallel",
+    "plan",
     "shutdown",
     "verify",
 ]
@@ -101,8 +106,24 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    globals()[name] = value
+    if name != "plan":  # also the name of a package
+        globals()[name] = value
     return value
+
+
+class _Front(types.ModuleType):
+    """`ff.plan` is the function; the package of the same name is still there to import from."""
+
+    @property
+    def plan(self) -> Any:
+        return __getattr__("plan")
+
+    @plan.setter
+    def plan(self, value: object) -> None:
+        """The import system sets submodules here."""
+
+
+sys.modules[__name__].__class__ = _Front
 
 
 def __dir__() -> list[str]:

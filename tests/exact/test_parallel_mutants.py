@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import transformers
 
-from fanfold.job.parallel import _start
 from fanfold.parallel import equal
 from fanfold.parallel.mesh import Split
 from fanfold.parallel.tiny import tiny_model
+from fanfold.tasks.parallel_model import start
 
 pytestmark = [pytest.mark.torch, pytest.mark.nightly, pytest.mark.timeout(600)]
 
@@ -24,7 +24,7 @@ MODELS = {
 def test_every_collective_is_needed(family, tmp_path):
     config, cls = MODELS[family]
     tiny_model(config, cls, 2).save_pretrained(tmp_path)
-    ranks = _start(Split(tensor=2), timeout_s=60.0)
+    ranks = start(Split(tensor=2), timeout_s=60.0)
     try:
         values = {"folder": str(tmp_path), "dtype": "float64", "gradients": True}
         ranks.ask("compare", values)

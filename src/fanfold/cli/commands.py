@@ -9,6 +9,7 @@ from cyclopts import App, Parameter
 
 from fanfold import __version__
 from fanfold.cli.equal import equal
+from fanfold.cli.plan_commands import plan
 from fanfold.cli.verbs import color_of, told, verb_command
 from fanfold.job.command import ClassifyFlags, EmbedFlags, GenerateFlags
 
@@ -18,6 +19,7 @@ app = App(
     version=__version__,
     help_format="plaintext",
 )
+app.command(plan)
 
 
 for _flags, _summary in (

@@ -22,6 +22,7 @@ Run a model over a whole dataset on every core, with the result that one core wo
   equal MODEL --layout L    Compare a model that is split over units with the whole, gradients included.
   show OUT                  Say what a run chose and why, how far it is, and what failed.
   peek OUT                  Show the first finished rows, also while the job runs.
+  plan train|infer|embed    Say which way to be parallel, how fast, how much memory, and why; also: plan validate.
   machine                   Say what this process may use of the machine, and how fast it is.
 
   fanfold COMMAND --help says more. Exit codes: 0 all rows; 1 failed; 2 not started; 3 some rows failed;

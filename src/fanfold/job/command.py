@@ -51,6 +51,7 @@ class EmbedFlags(Flags):
     prefix_text: str | None = None
     prompt_name: str | None = None
     max_length: int | None = None
+    layout: str | None = None
     chunk: int | None = None
     overlap: int | None = None
     merge: str | None = None

@@ -3,63 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from fanfold import extras
 from fanfold.data.scratch import scratch_folder
-from fanfold.engine.group import Group
-from fanfold.engine.supervisor import Supervisor
 from fanfold.errors import DifferenceFound, PlanError
 from fanfold.parallel.mesh import Split, parse_split
-from fanfold.plan.plan import Unit
 from fanfold.tasks.checkpoint import find_checkpoint
+from fanfold.tasks.parallel_model import ANSWER_S, ParallelModel, start
 
-LOAD_S = 600.0
-ANSWER_S = 600.0
 _DTYPES = ("float64", "float32", "bfloat16")
-_IMPORTS = ("torch", "transformers", "fanfold.parallel.program", "fanfold.parallel.split", "fanfold.parallel.equal")
-
-
-class ParallelModel:
-    """A model whose layers lie on several processes; it answers in the caller's process. Close it, or use `with`.
-
-    `model(input_ids=..., attention_mask=...)`: transformers' own output, whole, without keys and values.
-    `model.generate(input_ids, ...)`: token ids [B, prompt + new], greedy; with do_sample=True drawn, so that a row's
-    draws depend on seed, row and position alone (temperature, top_k, top_p, min_p).
-    Raises: UnitLost where a rank dies or falls silent; the group has then ended as a whole.
-    """
-
-    def __init__(self, folder: str, split: Split, *, dtype: str, timeout_s: float) -> None:
-        self.split = split
-        self._ranks = _start(split, timeout_s=timeout_s)
-        try:
-            self._ranks.ask("load", {"folder": folder, "dtype": dtype})
-            self.pids = tuple(pid for _, pid in self._ranks.answers(LOAD_S))
-        except BaseException:
-            self.close()
-            raise
-
-    def __call__(self, **inputs: Any) -> Any:
-        self._ranks.ask("call", inputs)
-        return self._ranks.answer(ANSWER_S)
-
-    def generate(self, input_ids: Any, *, attention_mask: Any = None, seed: int | None = None, **options: Any) -> Any:
-        values = {"input_ids": input_ids, "attention_mask": attention_mask, "seed": seed, "options": options}
-        self._ranks.ask("generate", values)
-        return self._ranks.answer(ANSWER_S)
-
-    def close(self) -> None:
-        """The group ends; twice is fine."""
-        self._ranks.close()
-
-    def __enter__(self) -> ParallelModel:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def parallel(
@@ -108,7 +61,7 @@ def equal(
     checkpoint = find_checkpoint(model, revision=revision, tokenizer=False)
     config = config_of(checkpoint.path)
     _check(str(checkpoint.path), split, dtype)
-    ranks = _start(split, timeout_s=60.0)
+    ranks = start(split, timeout_s=60.0)
     try:
         with scratch_folder() as folder:
             save_tiny(config, folder / "tiny", split.tensor, split.pipeline, seed)
@@ -133,7 +86,7 @@ def equal(
         "num_grads": tiny_worst["num_grads"],
         "collectives": tiny_worst["collectives"],
         "collective_bytes": tiny_worst["bytes"],
-        "level": "T",
+        "level": "B" if split.tensor == 1 and tiny_worst["bitwise"] and checkpoint_worst["bitwise"] else "T",
         "layout": str(split),
         "promise": allowed,
         "checkpoint": {
@@ -178,59 +131,7 @@ def _check(folder: str, split: Split, dtype: str) -> None:
     """PlanError for what cannot be, before any weight is read."""
     if dtype not in _DTYPES:
         raise PlanError(f"--dtype {dtype}", found="an unknown type", allowed=", ".join(_DTYPES), do="choose one")
-    from fanfold.parallel.families import family_of
-    from fanfold.parallel.rules import heads_of
+    from fanfold.parallel.families import check_split
     from fanfold.parallel.split import config_of
 
-    config = config_of(folder)
-    if split.pipeline > 1:
-        raise PlanError(
-            f"--layout {split}",
-            found="pipeline stages, which this version does not run yet",
-            allowed="tensor=N",
-            do="leave pipeline away",
-        )
-    family_of(config)
-    for rank in range(split.tensor):
-        heads_of(config, rank, split.tensor)
-
-
-class _Running:
-    """A group of ranks and the file over which they talk."""
-
-    def __init__(self, supervisor: Supervisor, group: Group, path: str) -> None:
-        self._supervisor, self._group, self._path = supervisor, group, path
-
-    def ask(self, verb: str, values: dict[str, Any]) -> None:
-        for rank in range(self._group.size):
-            self._group.send(rank, (verb, values))
-
-    def answer(self, timeout_s: float) -> Any:
-        """Of rank 0."""
-        return self._group.receive(0, timeout_s)
-
-    def answers(self, timeout_s: float) -> list[Any]:
-        return [self._group.receive(rank, timeout_s) for rank in range(self._group.size)]
-
-    def close(self) -> None:
-        self._group.close()
-        self._supervisor.close()
-        with suppress(FileNotFoundError):
-            os.unlink(self._path)
-
-
-def _start(split: Split, *, timeout_s: float, threads: int = 1) -> _Running:
-    from fanfold.parallel.program import Ranks
-    from fanfold.parallel.shared import make_file, new_path
-
-    path = new_path()
-    make_file(path, split.units)
-    supervisor = Supervisor(imports=_IMPORTS, threads=threads)
-    try:
-        program = Ranks(path=path, split=split, threads=threads, timeout_s=timeout_s)
-        group = Group(supervisor, Unit(name="group"), program, split.units)
-    except BaseException:
-        supervisor.close()
-        Path(path).unlink(missing_ok=True)
-        raise
-    return _Running(supervisor, group, path)
+    check_split(config_of(folder), split)

@@ -114,6 +114,13 @@ def _run_job(
     _check_place(output, where.kind)
     machine = discover()
     numerics = _numerics(task, where.kind)
+    if numerics.layout != "whole" and (where.kind in ("cuda", "spark") or request.compile != "off"):
+        raise PlanError(
+            f"--layout {numerics.layout} with --on {request.on}, --compile {request.compile}",
+            found="one model over several units runs on the cores of this machine, as it is",
+            allowed="--on cpu, cpu:N or inline, without --compile",
+            do="leave one of them away",
+        )
     thread_reasons: list[str] = []
     if request.threads != "1":
         numerics, thread_reasons = with_threads(request.threads, numerics, where, machine, task, output)

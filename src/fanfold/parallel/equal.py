@@ -15,9 +15,12 @@ import torch
 from fanfold.parallel.split import load_share
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from fanfold.parallel.comm import Comm
+    from fanfold.parallel.mesh import Split
+    from fanfold.parallel.shared import SharedGroup
 
 FLOAT64_PROMISE = 1e-10
 CASTS_PROMISE = 1e-6  # where the model's own code computes in float32 inside
@@ -40,7 +43,14 @@ def inputs_for(model: Any, seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 def compare(
-    folder: Path, comm: Comm, dtype: torch.dtype, *, gradients: bool, skip: int | None = None
+    folder: Path,
+    comm: Comm,
+    dtype: torch.dtype,
+    *,
+    gradients: bool,
+    skip: int | None = None,
+    split: Split | None = None,
+    world: SharedGroup | None = None,
 ) -> dict[str, Any]:
     """On one rank: its share against the whole model, both from `folder`. All ranks call it at once.
 
@@ -49,21 +59,24 @@ def compare(
     comm.calls.clear()
     comm.bytes.clear()
     comm.skip = skip
-    share = load_share(folder, comm, dtype)
+    share = load_share(folder, comm, dtype, split=split, world=world)
+    stage = share.stage
     whole = type(share.model).from_pretrained(str(folder), dtype=dtype, local_files_only=True).eval()
     inputs = inputs_for(whole)
-    found = _outputs(share.model, inputs)
-    expected = _outputs(whole, inputs)
+    found = _outputs(share.model, inputs, stage.forward)
+    expected = _outputs(whole, inputs, whole)
+    assert expected is not None
     record: dict[str, Any] = {
-        "max_rel_logits": relative(found[0], expected[0]),
-        "max_rel_loss": relative(found[1], expected[1]),
+        "max_rel_logits": 0.0 if found is None else relative(found[0], expected[0]),
+        "max_rel_loss": 0.0 if found is None else relative(found[1], expected[1]),
+        "bitwise": found is None or torch.equal(found[0], expected[0]),
         "max_rel_grad": 0.0,
         "worst_grad_name": "",
-        "num_grads": 0,
+        "grads": [],
         "reference": type(whole).__name__,
     }
     if gradients:
-        found[1].backward()
+        stage.backward(None if found is None else found[1])
         expected[1].backward()
         record |= _gradients(share, whole)
     comm.skip = None
@@ -73,13 +86,20 @@ def compare(
     return record
 
 
-def _outputs(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and the loss over them; without a head, the hidden states and their product with fixed random numbers."""
+def _outputs(
+    model: Any, inputs: dict[str, torch.Tensor], forward: Callable[..., Any]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Logits and the loss over them; without a head, the hidden states and their product with fixed random numbers.
+
+    None on a pipeline stage that is not the last.
+    """
     heads = ("ForCausalLM", "ForMaskedLM", "LMHeadModel")
     if type(model).__name__.endswith(heads):
-        out = model(**inputs, labels=inputs["input_ids"])
-        return out.logits, out.loss
-    out = model(**inputs)
+        out = forward(**inputs, labels=inputs["input_ids"])
+        return None if out is None else (out.logits, out.loss)
+    out = forward(**inputs)
+    if out is None:
+        return None
     values = out.logits if "logits" in out else out.last_hidden_state
     chance = torch.Generator().manual_seed(2)
     weights = torch.randn(values.shape, generator=chance, dtype=torch.float64).to(values.dtype)
@@ -89,14 +109,15 @@ def _outputs(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
 def _gradients(share: Any, whole: Any) -> dict[str, Any]:
     theirs = dict(whole.named_parameters(remove_duplicate=False))
     largest = max(float(p.grad.abs().max()) for p in theirs.values() if p.grad is not None)
-    worst, name_of_worst, count = 0.0, "", 0
+    worst, name_of_worst = 0.0, ""
+    compared: list[str] = []
     for name, parameter in share.model.named_parameters(remove_duplicate=False):
         expected = theirs[name].grad
         if (expected is None) != (parameter.grad is None):
-            return {"max_rel_grad": math.inf, "worst_grad_name": f"{name} (on one side only)", "num_grads": count}
+            return {"max_rel_grad": math.inf, "worst_grad_name": f"{name} (on one side only)", "grads": compared}
         if expected is None:
             continue
-        count += 1
+        compared.append(name)
         floor = max(float(expected.abs().max()), _FLOOR * largest)
         cut = share.cuts.get(name)
         if cut is not None:
@@ -104,7 +125,7 @@ def _gradients(share: Any, whole: Any) -> dict[str, Any]:
         error = float((parameter.grad - expected).abs().max()) / floor if expected.numel() else 0.0
         if not error <= worst:
             worst, name_of_worst = error, name
-    return {"max_rel_grad": worst, "worst_grad_name": name_of_worst, "num_grads": count}
+    return {"max_rel_grad": worst, "worst_grad_name": name_of_worst, "grads": compared}
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -116,13 +137,14 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def worst_of(records: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of all ranks': the largest errors, NaN above all."""
     merged = dict(records[0])
+    merged["num_grads"] = len({name for record in records for name in record["grads"]})
     for record in records[1:]:
         for key in ("max_rel_logits", "max_rel_loss"):
             if not record[key] <= merged[key]:
                 merged[key] = record[key]
         if not record["max_rel_grad"] <= merged["max_rel_grad"]:
             merged["max_rel_grad"], merged["worst_grad_name"] = record["max_rel_grad"], record["worst_grad_name"]
-        merged["num_grads"] = max(merged["num_grads"], record["num_grads"])
+        merged["bitwise"] = merged["bitwise"] and record["bitwise"]
     return merged
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import PlanError
-from fanfold.parallel.rules import Family, Kind, What
+from fanfold.parallel.rules import Family, Kind, What, heads_of
+
+if TYPE_CHECKING:
+    from fanfold.parallel.mesh import Split
 
 _BERT = Family(
     types=("bert", "roberta", "xlm-roberta", "electra", "camembert", "xlm-roberta-xl"),
@@ -164,6 +167,21 @@ def _falcon(config: Any) -> Family:
 FAMILIES = (
     _BERT, _DISTILBERT, _MODERNBERT, _GPT2, _OPT, _NEOX, _GPTJ, _LLAMA, _QWEN3, _OLMO2, _PHI3, _BLOOM,
 )  # fmt: skip
+
+
+def check_split(config: Any, split: Split) -> None:
+    """PlanError for a layout that a model of this config cannot have."""
+    if split.pipeline > config.num_hidden_layers:
+        raise PlanError(
+            f"--layout {split}",
+            found=f"{config.num_hidden_layers} layers",
+            allowed=f"pipeline=1 to pipeline={config.num_hidden_layers}: a stage holds a layer at the least",
+            do=f"use pipeline={config.num_hidden_layers}",
+        )
+    if split.tensor > 1:
+        family_of(config)
+        for rank in range(split.tensor):
+            heads_of(config, rank, split.tensor)
 
 
 def family_of(config: Any) -> Family:

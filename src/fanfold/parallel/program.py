@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
-
-from fanfold.parallel.shared import TIMEOUT_S, SharedGroup
 
 if TYPE_CHECKING:
     from fanfold.parallel.mesh import Split
+    from fanfold.parallel.pipeline import Stage
+    from fanfold.parallel.tensors import TensorGroup
 
-LEAD = 0  # the rank that answers
+LOAD_S = 600.0  # within which all ranks must have read their shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,17 +22,25 @@ class Ranks:
     path: str  # of the shared file
     split: Split
     threads: int = 1
-    timeout_s: float = TIMEOUT_S
+    timeout_s: float = 60.0
 
     def __call__(self, rank: int, size: int, channel: Any) -> None:
         import torch
 
         from fanfold.parallel.comm import Comm
+        from fanfold.parallel.tensors import Alone, TensorGroup
 
         torch.set_num_threads(self.threads)
         _quiet()
-        group = SharedGroup(self.path, rank, size, self.timeout_s)
-        comm = Comm(group)
+        split, timeout_s = self.split, max(LOAD_S, self.timeout_s)
+        stage = split.stage_of(rank)
+        world = TensorGroup(self.path, rank, size, timeout_s)
+        group = world
+        if split.pipeline > 1 and split.tensor > 1:
+            group = TensorGroup(f"{self.path}-{stage}", split.place_of(rank), split.tensor, timeout_s)
+        comm = Comm(Alone() if split.tensor == 1 else group)
+        between = world if split.pipeline > 1 else None
+        lead = (split.pipeline - 1) * split.tensor
         model: Any = None
         try:
             while True:
@@ -39,26 +48,42 @@ class Ranks:
                 if verb == "load":
                     from fanfold.parallel.split import load_share
 
-                    share = load_share(values["folder"], comm, getattr(torch, values["dtype"]))
+                    share = load_share(
+                        values["folder"],
+                        comm,
+                        getattr(torch, values["dtype"]),
+                        split=split,
+                        world=between,
+                        base=values["base"],
+                    )
                     model = share.model
+                    world.barrier("load")
+                    world.timeout_s = group.timeout_s = self.timeout_s
                     channel.send(("loaded", os.getpid()))
                 elif verb == "compare":
                     from fanfold.parallel.equal import compare
 
                     dtype = getattr(torch, values.pop("dtype"))
-                    record = compare(values.pop("folder"), comm, dtype, **values)
+                    record = compare(values.pop("folder"), comm, dtype, split=split, world=between, **values)
                     channel.send({**record, "pid": os.getpid()})
                 elif verb == "call":
-                    answer = _call(model, values)
+                    answer = _call(share.stage.forward, values)
                     comm.forget()
-                    if rank == LEAD:
+                    if rank == lead:
                         channel.send(answer)
                 elif verb == "generate":
-                    ids = _generate(model, **values)
-                    if rank == LEAD:
+                    if between is not None:
+                        model.forward = partial(_everywhere, model.forward, share.stage, between, lead)
+                    try:
+                        ids = _generate(model, **values)
+                    finally:
+                        model.__dict__.pop("forward", None)
+                    if rank == lead:
                         channel.send(ids)
         finally:
             group.close()
+            if world is not group:
+                world.close()
 
 
 def _quiet() -> None:
@@ -68,12 +93,37 @@ def _quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def _call(model: Any, values: dict[str, Any]) -> Any:
+def _call(forward: Any, values: dict[str, Any]) -> Any:
     import torch
 
     with torch.no_grad():
-        out = model(**values, return_dict=True)
+        out = forward(**values, return_dict=True)
+    if out is None:
+        return None
     return type(out)(**{name: value for name, value in out.items() if name != "past_key_values"})
+
+
+def _everywhere(forward: Any, stage: Stage, world: TensorGroup, lead: int, *args: Any, **inputs: Any) -> Any:
+    """The last position's logits on every stage, so that all of them take the same token."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from fanfold.parallel.pipeline import Stop
+    from fanfold.parallel.tensors import array_of, tensor_of
+
+    try:
+        out = forward(*args, **inputs)
+        logits = out.logits[:, -1:].contiguous()
+    except Stop:
+        ids, config = inputs["input_ids"], stage.model.config
+        logits = torch_zeros((ids.shape[0], 1, config.vocab_size), stage.model.dtype)
+    logits = tensor_of(world.broadcast(array_of(logits), lead, "logits"))
+    return CausalLMOutputWithPast(logits=logits, past_key_values=inputs.get("past_key_values"))
+
+
+def torch_zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+    import torch
+
+    return torch.zeros(shape, dtype=dtype)
 
 
 def _generate(model: Any, input_ids: Any, attention_mask: Any, seed: int | None, options: dict[str, Any]) -> Any:

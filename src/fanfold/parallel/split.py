@@ -15,6 +15,7 @@ from fanfold.errors import PlanError, SafetyError
 from fanfold.parallel.families import family_of
 from fanfold.parallel.layers import Column, Embedding, Head, HeadNorm, Row
 from fanfold.parallel.mesh import shares
+from fanfold.parallel.pipeline import Stage
 from fanfold.parallel.rules import heads_of, index_of
 from fanfold.parallel.weights import Cut, fill, open_files
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fanfold.parallel.comm import Comm
+    from fanfold.parallel.mesh import Split
     from fanfold.parallel.rules import Family, Heads
+    from fanfold.parallel.shared import SharedGroup
 
 _QUANTISED = "quantization_config"
 
@@ -32,15 +35,17 @@ class Share:
     """One rank's model, and of which tensors it holds what: name -> cut; names that are not there are whole."""
 
     model: Any
+    stage: Stage
     cuts: dict[str, Cut] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the whole tensors
+    same: dict[str, list[str]] = field(default_factory=dict)  # name -> all names of a tied tensor
 
 
-def architecture(config: Any) -> Any:
-    """The class that the config names; the base model where it names none."""
+def architecture(config: Any, *, base: bool = False) -> Any:
+    """The class that the config names; the `base` model where that is asked for, or where it names none."""
     import transformers
 
-    for name in config.architectures or ():
+    for name in () if base else config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
     return transformers.MODEL_MAPPING[type(config)]
@@ -68,11 +73,26 @@ def config_of(folder: str | Path) -> Any:
     return config
 
 
-def load_share(folder: str | Path, comm: Comm, dtype: Any, *, cls: Any = None) -> Share:
-    """The rank's share of the checkpoint; nothing else of it is read or held."""
+def load_share(
+    folder: str | Path,
+    comm: Comm,
+    dtype: Any,
+    *,
+    split: Split | None = None,
+    world: SharedGroup | None = None,
+    base: bool = False,
+) -> Share:
+    """The rank's share of the checkpoint; nothing else of it is read or held.
+
+    `world`: all ranks, where there are pipeline stages. `base`: the model without its head.
+    """
     config = config_of(folder)
-    share = cut_model(empty_model(config, cls or architecture(config), dtype), comm)
-    fill(share.model, open_files(Path(folder), str(folder)), share.cuts, share.shapes, dtype, str(folder))
+    share = cut_model(empty_model(config, architecture(config, base=base), dtype), comm)
+    stages, width = (split.pipeline, split.tensor) if split else (1, comm.size)
+    rank = 0 if world is None else world.rank
+    share.stage = Stage(share.model, rank // width, stages, world, width)
+    share.stage.cut()
+    fill(share, open_files(Path(folder), str(folder)), dtype, str(folder))
     register_gradients(share, comm)
     return share
 
@@ -89,6 +109,9 @@ def empty_model(config: Any, cls: Any, dtype: Any) -> Any:
     finally:
         torch.set_default_dtype(before)
     model.tie_weights()
+    with torch.no_grad():
+        for module in model.modules():  # buffers as from_pretrained makes them, whatever the dtype of the weights
+            model._init_weights(module)
     return model.eval()
 
 
@@ -110,7 +133,13 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def cut_model(model: Any, comm: Comm) -> Share:
     """Replace what the family's table names. The model may hold weights, which are cut then, or be on meta."""
-    share = Share(model, shapes={name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)})
+    share = Share(model, Stage(model, 0, 1, None, comm.size))
+    by_tensor: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        share.shapes[name] = tuple(parameter.shape)
+        by_tensor.setdefault(id(parameter), []).append(name)
+    for names in by_tensor.values():
+        share.same |= dict.fromkeys(names, names)
     if comm.size == 1:
         return share
     family = family_of(model.config)

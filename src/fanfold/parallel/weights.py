@@ -14,6 +14,8 @@ from fanfold.errors import InputError, PlanError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fanfold.parallel.split import Share
+
 INDEX = "model.safetensors.index.json"
 
 
@@ -92,34 +94,33 @@ def open_files(folder: Path, shown: str) -> Files:
     return files
 
 
-def fill(
-    model: Any, files: Files, cuts: dict[str, Cut], whole_shapes: dict[str, tuple[int, ...]], dtype: Any, shown: str
-) -> None:
+def fill(share: Share, files: Files, dtype: Any, shown: str) -> None:
     """Every parameter (on the meta device before) and persistent buffer gets its values; tied ones once.
 
     Raises: InputError names tensors that are missing or of another shape.
     """
-    prefix = model.base_model_prefix
+    model, prefix = share.model, share.model.base_model_prefix
     names = _names_now(model, files, shown)
     missing: list[str] = []
     filled: dict[int, torch.nn.Parameter] = {}
-    tied: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), []).append(name)
     persistent = set(model.state_dict().keys())
     for name, old in list(model.named_parameters(remove_duplicate=False)):
         if id(old) not in filled:
-            found = next((key for n in tied[id(old)] if (key := _key(n, names, prefix)) is not None), None)
-            if found is None:
+            source = next((n for n in share.same[name] if _key(n, names, prefix) is not None), None)
+            if source is None and name.startswith("pooler."):  # many have none, and nobody uses it
+                filled[id(old)] = torch.nn.Parameter(torch.zeros(old.shape, dtype=dtype), requires_grad=False)
+            elif source is None:
                 missing.append(name)
                 continue
-            source = next(n for n in tied[id(old)] if _key(n, names, prefix) == found)
+        if id(old) not in filled:
+            assert source is not None
+            found = _key(source, names, prefix)
+            assert found is not None
             shape = files.shape(found)
-            if shape != whole_shapes[source]:
-                raise _unusable(shown, f"{found} has the shape {shape}, the config asks for {whole_shapes[source]}")
-            value = files.read(found, cuts.get(source)).to(dtype)
-            new = torch.nn.Parameter(value, requires_grad=old.requires_grad)
-            filled[id(old)] = new
+            if shape != share.shapes[source]:
+                raise _unusable(shown, f"{found} has the shape {shape}, the config asks for {share.shapes[source]}")
+            value = files.read(found, share.cuts.get(name)).to(dtype)
+            filled[id(old)] = torch.nn.Parameter(value, requires_grad=old.requires_grad)
         module, _, leaf = name.rpartition(".")
         model.get_submodule(module)._parameters[leaf] = filled[id(old)]
     for name, buffer in model.named_buffers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ class Numerics:
     dtype: Dtype = "float32"
     threads_per_unit: int = 1
     compiled: bool = False  # by --compile
+    layout: str = "whole"  # how one model is cut, by --layout
     device: str = "cpu"
     windows_per_part: int = 1
     version: int = NUMERICS_VERSION
@@ -39,9 +41,19 @@ class Numerics:
         return asdict(self)
 
     @property
+    def processes(self) -> int:
+        """Over how many processes one model is cut."""
+        counts = [int(part.partition("=")[2]) for part in self.layout.split() if "=" in part]
+        return math.prod(counts)
+
+    @property
     def level(self) -> str:
         """Sameness promised for values: B on a CPU in float32, uncompiled; T elsewhere."""
-        return "B" if self.device == "cpu" and self.dtype == "float32" and not self.compiled else "T"
+        return (
+            "B"
+            if self.device == "cpu" and self.dtype == "float32" and not self.compiled and self.layout == "whole"
+            else "T"
+        )
 
 
 def windows_per_part(window_rows: int, result_bytes_per_row: int) -> int:

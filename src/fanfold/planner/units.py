@@ -103,7 +103,7 @@ def choose(where: Where, machine: Machine, job: Job, numerics: Numerics, cluster
     if where.count is not None:
         return _asked_for(where.count, machine, job, room, numerics)
     reasons = [f"{machine.cores} core(s) allowed: {machine.cores_reason}"]
-    count = machine.cores // numerics.threads_per_unit or 1
+    count = machine.cores // (numerics.threads_per_unit * numerics.processes) or 1
     if room < count:
         count = room
         reasons.append(f"memory for {room}: {format_bytes(machine.memory_bytes)} allowed ({machine.memory_reason})")
@@ -111,8 +111,17 @@ def choose(where: Where, machine: Machine, job: Job, numerics: Numerics, cluster
     if pieces is not None and pieces < count:
         count = max(1, pieces)
         reasons.append(f"the input holds about {max(1, pieces)} piece(s) of work: more units would only load the model")
-    reasons.append(f"data={count}: each unit holds the whole model and computes its own pieces")
+    reasons.append(f"data={count}: {_held(numerics)}")
     return _plan("local", _cpu_units(count), numerics, _share(machine, job, count), reasons)
+
+
+def _held(numerics: Numerics) -> str:
+    if numerics.layout == "whole":
+        return "each unit holds the whole model and computes its own pieces"
+    return (
+        f"each unit is a group of {numerics.processes} processes that share one model ({numerics.layout}, as asked); "
+        "fewer, whole units are faster where the model fits"
+    )
 
 
 def _share(machine: Machine, job: Job, count: int) -> int:
@@ -145,6 +154,19 @@ def _asked_for(count: int, machine: Machine, job: Job, room: int, numerics: Nume
             do=f"leave the number away to use cpu:{min(machine.cores, room)}",
         )
     warnings = []
+    if numerics.processes > 1:
+        if count % numerics.processes:
+            raise PlanError(
+                f"--on cpu:{count} with --layout {numerics.layout}",
+                found=f"{count} processes, {numerics.processes} for one model",
+                allowed=f"a multiple of {numerics.processes}",
+                do=f"use cpu:{count // numerics.processes * numerics.processes or numerics.processes}",
+            )
+        groups = count // numerics.processes
+        if count > machine.cores:
+            warnings.append(f"cpu:{count} is more than the {machine.cores} allowed core(s): processes will share cores")
+        reasons = [f"data={groups}: {_held(numerics)}"]
+        return _plan("local", _cpu_units(groups), numerics, _share(machine, job, groups), reasons, warnings)
     if count > machine.cores:
         warnings.append(f"cpu:{count} is more than the {machine.cores} allowed core(s): units will share cores")
     reasons = [f"data={count}: as asked"]
@@ -201,7 +223,7 @@ def _plan(
     return Plan(
         engine=engine,
         units=units,
-        layout=Layout(data=len(units)),
+        layout=Layout(data=len(units), split=numerics.layout),
         numerics=numerics,
         unit_memory_bytes=unit_memory_bytes,
         reasons=tuple(reasons),

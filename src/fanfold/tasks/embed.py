@@ -6,15 +6,21 @@ Shapes: B rows of the batch, L padded length, H hidden size, D width of the embe
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fanfold import extras
-from fanfold.errors import InputError, InternalError, PlanError, RequestError, SafetyError, cause_line
+from fanfold.engine.supervisor import IN_WORKER
+from fanfold.errors import InputError, InternalError, PlanError, RequestError, SafetyError, UnitLost, cause_line
 from fanfold.machine.discover import discover
+from fanfold.parallel.families import check_split
+from fanfold.parallel.mesh import Split, parse_split
 from fanfold.tasks import compiled
 from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, first_of, num_matmul_weights
 from fanfold.tasks.chunking import Chunking, make_chunking, mean_of_parts, prepared_parts
+from fanfold.tasks.parallel_model import ParallelModel
 from fanfold.tasks.pooling import Head, num_positions, read_head, weights_of
 from fanfold.tasks.task import Column, ModelBatch, Prepared
 
@@ -32,6 +38,9 @@ _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5Enco
 _ACTIVATIONS = ("Tanh", "Identity", "ReLU", "GELU", "SiLU", "Sigmoid")
 
 
+_WHOLE = Split()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embed:
     """The task with its settings."""
@@ -42,6 +51,7 @@ class Embed:
     prompt: str  # put before every text
     dtype: Dtype
     chunking: Chunking | None = None
+    split: Split = _WHOLE
 
     @property
     def name(self) -> str:
@@ -91,11 +101,12 @@ class Embed:
             "prefix_text": self.prompt,
             **({"chunk": chunk["tokens"], "overlap": chunk["overlap"], "merge": chunk["merge"]} if chunk else {}),
             **({} if chunk else {"max_length": self.max_length}),
+            **({"layout": str(self.split)} if self.split.units > 1 else {}),
         }
 
     @property
     def numerics(self) -> dict[str, Any]:
-        return {}
+        return {"layout": str(self.split)} if self.split.units > 1 else {}
 
     @property
     def reference(self) -> str:
@@ -125,6 +136,8 @@ class Embed:
             "pooling": "+".join(self.head.modes) + normal,
             "length": self.chunking.shown if self.chunking else f"at most {self.max_length} tokens a text",
         }
+        if self.split.units > 1:
+            lines["layout"] = f"{self.split}: {self.split.units} processes share one model"
         if self.prompt:
             lines["prompt"] = repr(self.prompt)
         return lines
@@ -170,6 +183,7 @@ def make_embed(
     max_length: int | None = None,
     prefix_text: str | None = None,
     prompt_name: str | None = None,
+    layout: str | None = None,
     chunk: int | None = None,
     overlap: int | None = None,
     merge: str | None = None,
@@ -184,6 +198,9 @@ def make_embed(
         if not extras.has(module):
             extras.need(module, extra="torch", purpose=f"embedding with {checkpoint.shown}")
     head = read_head(checkpoint)
+    split = parse_split(layout) if layout else Split()
+    if split.units > 1:
+        check_split(SimpleNamespace(**_with_defaults(checkpoint)), split)
     chunking = make_chunking(chunk, overlap, merge, context=num_positions(checkpoint), shown=checkpoint.shown)
     if chunking is not None and max_length is not None:
         raise RequestError(
@@ -195,11 +212,19 @@ def make_embed(
     return Embed(
         checkpoint=checkpoint,
         head=head,
+        split=split,
         chunking=chunking,
         max_length=chunking.tokens if chunking else _checked_length(checkpoint, head, max_length),
         prompt=_prompt(checkpoint, head, prefix_text, prompt_name),
         dtype=dtype,
     )
+
+
+def _with_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config with the names that the check of a layout asks for; what it leaves out is refused on the units."""
+    config = checkpoint.config
+    layers = first_of(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    return {**config, "model_type": checkpoint.model_type, "num_hidden_layers": layers or 1}
 
 
 def _checked_length(checkpoint: Checkpoint, head: Head, asked: int | None) -> int:
@@ -353,7 +378,12 @@ class EmbedOnUnit:
         import torch
 
         dtype = getattr(torch, self.task.dtype)
-        if self._library is not None:
+        if self.task.split.units > 1:
+            forward: Callable[[Any, Any], Any] = self._over_processes
+            self._model = ParallelModel(
+                str(self.task.checkpoint.path), self.task.split, dtype=self.task.dtype, timeout_s=60.0, base=True
+            )
+        elif self._library is not None:
             forward = compiled.load(self._library)
         else:
             self._model = self._load_model(dtype)
@@ -364,6 +394,15 @@ class EmbedOnUnit:
 
     def _eager(self, ids_BL: Any, mask_BL: Any) -> Any:
         return self._model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+
+    def _over_processes(self, ids_BL: Any, mask_BL: Any) -> Any:
+        try:
+            return self._model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        except UnitLost as error:
+            if not os.environ.get(IN_WORKER):
+                raise
+            print(error, file=sys.stderr, flush=True)
+            os._exit(70)  # the group is one unit, and it is gone: its supervisor starts another
 
     def traced(self) -> Any:
         """The loaded model as a module of (ids, mask) -> hidden states, for torch.export."""

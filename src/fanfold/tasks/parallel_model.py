@@ -1,0 +1,100 @@
+"""A model whose layers lie on the processes of a group, answering in the process that has started it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fanfold.engine.group import Group
+from fanfold.engine.supervisor import Supervisor
+from fanfold.plan.plan import Unit
+
+if TYPE_CHECKING:
+    from fanfold.parallel.mesh import Split
+
+LOAD_S = 600.0
+ANSWER_S = 600.0
+_IMPORTS = ("torch", "transformers", "fanfold.parallel.program", "fanfold.parallel.split", "fanfold.parallel.equal")
+
+
+class ParallelModel:
+    """A model whose layers lie on several processes; it answers in the caller's process. Close it, or use `with`.
+
+    `model(input_ids=..., attention_mask=...)`: transformers' own output, whole, without keys and values.
+    `model.generate(input_ids, ...)`: token ids [B, prompt + new], greedy; with do_sample=True drawn, so that a row's
+    draws depend on seed, row and position alone (temperature, top_k, top_p, min_p).
+    `base`: the model without its head. Raises: UnitLost where a rank dies or falls silent; the group has then ended.
+    """
+
+    def __init__(
+        self, folder: str, split: Split, *, dtype: str, timeout_s: float, base: bool = False, threads: int = 1
+    ) -> None:
+        self.split = split
+        self._ranks = start(split, timeout_s=timeout_s, threads=threads)
+        try:
+            self._ranks.ask("load", {"folder": folder, "dtype": dtype, "base": base})
+            self.pids = tuple(pid for _, pid in self._ranks.answers(LOAD_S))
+        except BaseException:
+            self.close()
+            raise
+
+    def __call__(self, **inputs: Any) -> Any:
+        self._ranks.ask("call", inputs)
+        return self._ranks.answer(ANSWER_S)
+
+    def generate(self, input_ids: Any, *, attention_mask: Any = None, seed: int | None = None, **options: Any) -> Any:
+        values = {"input_ids": input_ids, "attention_mask": attention_mask, "seed": seed, "options": options}
+        self._ranks.ask("generate", values)
+        return self._ranks.answer(ANSWER_S)
+
+    def close(self) -> None:
+        """The group ends; twice is fine."""
+        self._ranks.close()
+
+    def __enter__(self) -> ParallelModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Running:
+    """A group of ranks and the file over which they talk."""
+
+    def __init__(self, supervisor: Supervisor, group: Group, path: str, lead: int) -> None:
+        self._supervisor, self._group, self._path, self._lead = supervisor, group, path, lead
+
+    def ask(self, verb: str, values: dict[str, Any]) -> None:
+        for rank in range(self._group.size):
+            self._group.send(rank, (verb, values))
+
+    def answer(self, timeout_s: float) -> Any:
+        """Of the rank that has the result: the first of the last stage."""
+        return self._group.receive(self._lead, timeout_s)
+
+    def answers(self, timeout_s: float) -> list[Any]:
+        return [self._group.receive(rank, timeout_s) for rank in range(self._group.size)]
+
+    def close(self) -> None:
+        self._group.close()
+        self._supervisor.close()
+        with suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+
+def start(split: Split, *, timeout_s: float, threads: int = 1) -> Running:
+    from fanfold.parallel.program import Ranks
+    from fanfold.parallel.shared_file import new_path
+
+    path = new_path()
+    supervisor = Supervisor(imports=_IMPORTS, threads=threads)
+    try:
+        program = Ranks(path=path, split=split, threads=threads, timeout_s=timeout_s)
+        group = Group(supervisor, Unit(name="group"), program, split.units)
+    except BaseException:
+        supervisor.close()
+        Path(path).unlink(missing_ok=True)
+        raise
+    return Running(supervisor, group, path, (split.pipeline - 1) * split.tensor)
