@@ -36,6 +36,7 @@ for start in range(0, len(rows), int(size)):
     batch = order[start : start + int(size)]
     inputs = tokenizer([rows[i]["text"] for i in batch], padding=True, return_tensors="pt")
     limit = max(rows[i]["n"] for i in batch)
+    inputs.pop("token_type_ids", None)
     found = model.generate(**inputs, max_new_tokens=limit, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     for i, ids in zip(batch, found[:, inputs["input_ids"].shape[1] :]):
         texts[i] = tokenizer.decode(ids[: rows[i]["n"]])
@@ -115,14 +116,13 @@ def write_model(folder: Path, kind: str) -> None:
             eos_token_id=None,
         )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    words = {"<pad>": 0, **{f"t{i}": i for i in range(1, config.vocab_size)}}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    special = ("pad", "bos", "eos", "unk")
+    words = {f"<{role}>": i for i, role in enumerate(special)}
+    words |= {f"t{i}": i for i in range(len(special), config.vocab_size)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        pad_token="<pad>",
-        **{f"{role}_token": f"t{i}" for i, role in enumerate(("bos", "eos", "unk"), 1)},
-    ).save_pretrained(folder)
+    roles = {f"{role}_token": f"<{role}>" for role in special}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **roles).save_pretrained(folder)
 
 
 def write_rows(path: Path, count: int) -> int:
@@ -131,7 +131,7 @@ def write_rows(path: Path, count: int) -> int:
     total = 0
     with path.open("w") as file:
         for _ in range(count):
-            prompt = " ".join(f"t{chance.randrange(1, 30_000)}" for _ in range(chance.randint(10, 500)))
+            prompt = " ".join(f"t{chance.randrange(4, 30_000)}" for _ in range(chance.randint(10, 500)))
             limit = chance.randint(5, 200)
             total += limit
             file.write(json.dumps({"text": prompt, "n": limit}) + "\n")

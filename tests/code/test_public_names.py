@@ -112,6 +112,7 @@ FLAGS = {
             "--max-failures",
             "--max-new-tokens",
             "--memory-per-unit",
+            "--merge",
             "--min-p",
         ),
         *("--model", "--no-color", "--on", "--on-error", "--overwrite", "--prefix", "--prompt", "--quiet"),

@@ -132,6 +132,16 @@ def test_units_never_change_a_byte(tmp_path, gpt2, rows, settings):
     assert ff.verify(tmp_path / "cpu:2", sample=10).max_difference == 0
 
 
+def test_threads_by_measurement_are_kept_when_the_job_goes_on(tmp_path, two, gpt2):
+    asked = {"model": str(gpt2), "on": "inline", "max_new_tokens": 3}
+    first = ff.generate(two, tmp_path / "out", threads="auto", **asked)
+    assert any(reason.startswith("recommended: ") for reason in first.plan["reasons"])
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    again = ff.generate(two, tmp_path / "out", threads="auto", **asked)
+    assert any("as when the job was begun" in reason for reason in again.plan["reasons"])
+    assert again.summary["output_sha256"] == first.summary["output_sha256"]
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_a_killed_job_goes_on_to_the_same_bytes(tmp_path, gpt2, rows, settings):
@@ -209,6 +219,22 @@ def test_answers_keep_to_a_schema(gpt2):
         assert row["finish_reason"] == "stop"
     with pytest.raises(DataError, match="no whole JSON"):
         ff.generate(["one"], max_new_tokens=2, **asked)
+
+
+def test_several_models_vote(tmp_path, gpt2, llama):
+    other = write_language_model(tmp_path / "other", "OPT")
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("Return the", "a list", "x")))
+    asked = {"on": "inline", "max_new_tokens": 6}
+    alone = ff.generate(["Return the", "a list", "x"], model=str(llama), **asked)
+    models = [str(gpt2), str(llama), str(other), str(llama)]
+    run = ff.generate(str(source), tmp_path / "out", model=models, merge="vote", **asked)
+    assert run.table().column("generated_text").to_pylist() == [row["generated_text"] for row in alone]
+    assert ff.verify(tmp_path / "out").max_difference == 0
+    with pytest.raises(RequestError, match="answers, which have no mean"):
+        ff.generate(["a"], model=models, merge="mean", **asked)
+    with pytest.raises(RequestError, match="add --merge vote"):
+        ff.generate(["a"], model=models, **asked)
 
 
 # -- bad input ------------------------------------------------------------------------------------------

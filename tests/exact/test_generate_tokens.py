@@ -10,6 +10,7 @@ from language_models import CONTEXT, END, FAMILIES, SEQ2SEQ, Oracle, write_langu
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
+USUAL = ("GPT2", "OPT", "GPTNeoX", "Llama", "Mistral", "Qwen2", "Gemma2", "Mixtral", "T5")  # the others: nightly
 KNOWN = [family for family in FAMILIES if family not in (*SEQ2SEQ, "Bloom")]
 
 
@@ -48,7 +49,9 @@ def piece():
     return rows + [(head + some(count), 12) for count in (1, 3, 20)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[] if family in USUAL else pytest.mark.nightly) for family in FAMILIES]
+)
 def test_greedy_ids_equal_generate(models, family):
     from fanfold.tasks.completer import Asked
     from fanfold.tasks.decode import Decoder

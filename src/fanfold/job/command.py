@@ -63,6 +63,7 @@ class EmbedFlags(Flags):
 class GenerateFlags(Flags):
     """The flags of `fanfold generate`."""
 
+    model: tuple[str, ...] = ()  # type: ignore[assignment]  # several vote
     prompt: str | None = None
     chat: bool = False
     system: str | None = None
@@ -76,6 +77,7 @@ class GenerateFlags(Flags):
     seed: int = 0
     full_text: bool = False
     json_schema: str | None = None
+    merge: str | None = None
     kv_memory: str | None = None
 
     verb: ClassVar[str] = "generate"

@@ -14,7 +14,7 @@ def generate(
     data: Any,
     out: str | Path | None = None,
     *,
-    model: str,
+    model: str | list[str],
     column: str = "text",
     on: str = "cpu",
     on_error: str | None = None,

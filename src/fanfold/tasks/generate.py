@@ -10,6 +10,7 @@ from fanfold import extras
 from fanfold.errors import PlanError, RequestError
 from fanfold.quantity import parse_bytes
 from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, first_of, num_matmul_weights, optional_json
+from fanfold.tasks.guide import read_schema
 from fanfold.tasks.prompts import Prompting
 from fanfold.tasks.sample import Sampling
 from fanfold.tasks.task import Column
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fanfold.plan.numerics import Dtype, Numerics
     from fanfold.plan.plan import Unit
     from fanfold.tasks.completer import GenerateOnUnit
+    from fanfold.tasks.voting import GenerateVote
 
 NEW_TOKENS = 256
 PIECE_TOKENS = 24_576  # of prompts and answers: about two minutes of a GPT-2 on one core
@@ -51,6 +53,7 @@ class Generate:
     context: int | None  # tokens that the model has positions for
     kv_tokens: int  # what a unit keeps keys and values of, over all sequences
     kv_token_bytes: int
+    kv_memory: str | None  # as it was asked for
     dtype: Dtype
 
     @property
@@ -151,7 +154,7 @@ class Generate:
             **asdict(self.sampling),
             "full_text": self.full_text,
             "json_schema": None if self.schema is None else json.loads(self.schema),
-            "kv_memory": str(self.unit_bytes),
+            "kv_memory": self.kv_memory,
             "dtype": self.dtype,
         }
 
@@ -193,7 +196,7 @@ class Generate:
 
 def make_generate(
     *,
-    model: str | None,
+    model: str | Sequence[str] | None = None,
     prompt: str | None = None,
     chat: bool = False,
     system: str | None = None,
@@ -207,11 +210,14 @@ def make_generate(
     seed: int = 0,
     full_text: bool = False,
     json_schema: Any = None,
+    merge: str | None = None,
     revision: str | None = None,
     dtype: Dtype = "float32",
     kv_memory: str | None = None,
-) -> Generate:
-    """The task for a checkpoint, everything checked that can be checked without torch."""
+) -> Generate | GenerateVote:
+    """The task for one checkpoint, or several that vote; everything checked that can be checked without torch."""
+    from fanfold.tasks.voting import GenerateVote, check_merge
+
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -235,41 +241,49 @@ def make_generate(
             allowed="one character or more",
             do="leave it away",
         )
-    if model is None:
+    refs = [model] if isinstance(model, str) else list(model or ())
+    if not refs:
         raise RequestError(
             "fanfold generate",
             found="no --model",
             allowed="a model folder or a Hugging Face id of a language model",
             do="add --model, for example --model Qwen/Qwen2.5-0.5B-Instruct",
         )
-    checkpoint = find_checkpoint(model, revision=revision)
+    check_merge(len(refs), merge)
+    checkpoints = [_checked(find_checkpoint(ref, revision=revision), chat=chat) for ref in refs]
+    schema = None if json_schema is None else read_schema(json_schema)
+    kv_bytes = (KV_BYTES if kv_memory is None else parse_bytes(kv_memory, name="--kv-memory")) // len(refs)
+    members = []
+    for checkpoint in checkpoints:
+        token_bytes = _kv_token_bytes(checkpoint.config, dtype)
+        members.append(
+            Generate(
+                checkpoint=checkpoint,
+                prompting=prompting,
+                sampling=sampling,
+                new_tokens=new_tokens,
+                stop=stop,
+                full_text=full_text,
+                schema=schema,
+                context=_context(checkpoint.config),
+                kv_tokens=max(1, min(_MOST_KV_TOKENS, kv_bytes // token_bytes)),
+                kv_token_bytes=token_bytes,
+                kv_memory=kv_memory,
+                dtype=dtype,
+            )
+        )
+    return members[0] if len(members) == 1 else GenerateVote(members=tuple(members))
+
+
+def _checked(checkpoint: Checkpoint, *, chat: bool) -> Checkpoint:
+    """The checkpoint, of a language model that can be run here."""
     _check_head(checkpoint)
     if chat:
         check_chat(checkpoint)
-    schema = None
-    if json_schema is not None:
-        from fanfold.tasks.guide import read_schema
-
-        schema = read_schema(json_schema)
     for module in ("torch", "transformers"):
         if not extras.has(module):
             extras.need(module, extra="torch", purpose=f"generating with {checkpoint.shown}")
-    context = _context(checkpoint.config)
-    token_bytes = _kv_token_bytes(checkpoint.config, dtype)
-    kv_bytes = KV_BYTES if kv_memory is None else parse_bytes(kv_memory, name="--kv-memory")
-    return Generate(
-        checkpoint=checkpoint,
-        prompting=prompting,
-        sampling=sampling,
-        new_tokens=new_tokens,
-        stop=stop,
-        full_text=full_text,
-        schema=schema,
-        context=context,
-        kv_tokens=max(1, min(_MOST_KV_TOKENS, kv_bytes // token_bytes)),
-        kv_token_bytes=token_bytes,
-        dtype=dtype,
-    )
+    return checkpoint
 
 
 def _limit(asked: int | str | None) -> tuple[int, str | None]:
