@@ -20,7 +20,8 @@ from fanfold.planner.constants import (
 if TYPE_CHECKING:
     from fanfold.planner.cluster import Accelerator
 
-_BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1, "fp4": 0.5, "int4": 0.5}
+_BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1, "fp4": 0.5, "int4": 0.5,
+          "q8": 1.0625, "q4": 0.5625}  # fmt: skip  # blocks of 32 weights and a scale: computed in 16 bits
 
 
 def bytes_of(precision: str) -> float:
