@@ -20,6 +20,7 @@ from fanfold.planner.constants import (
     HOST_CHECKPOINT_S,
     HOST_FORWARD_S,
     MEMORY_EFFICIENCY,
+    SELECTIVE_SHARE,
 )
 from fanfold.planner.gemm import gemm_s, sustained_flop_per_s
 from fanfold.planner.methods import context, expert
@@ -102,6 +103,9 @@ def layer_s(layer: Layer, run: Run) -> tuple[Terms, Terms]:
         backward = backward.plus(forward, run.degrees.recompute_share)
     elif recompute == "selective" and not run.framework.flash:
         backward.attention += forward.attention
+    elif recompute == "selective" and run.framework.name == "PyTorch FSDP":
+        backward.matmul += SELECTIVE_SHARE * forward.matmul
+        backward.memory += forward.memory
     return forward, backward
 
 
