@@ -219,9 +219,10 @@ def from_words(text: str, devices: int) -> Cluster | None:
         return None
     base = of(_entry(name), devices)
     words = text.lower()
-    if found := re.search(r"(\d+)\s*(?:gpus?\s+)?per node", words):
-        base = replace(base, devices_per_node=min(int(found[1]), max(devices, 1)))
     node = base.accelerator.devices_per_node
+    if found := re.search(r"(?<![\w.])([1-9]\d{0,2})\s*(?:gpus?\s+)?per node", words):
+        node = int(found[1])
+        base = replace(base, devices_per_node=min(node, max(devices, 1)))
     number = r"(\d+(?:\.\d+)?)"
     gbit = r"\s*G(?:bit|bps|b)(?:/s)?"  # GB/s is another thing
     if found := re.search(rf"(\d+)\s*x\s*{number}{gbit}", text):
