@@ -59,6 +59,7 @@ HOST_BACKWARD_S = 0.65e-3
 # Checkpointing a layer (re-entrant autograd, random state kept and put back) beside its second forward, measured the
 # same way: backward grows from 0.33 to 1.38 ms, forward by 0.08, of which the second forward is 0.41.
 HOST_CHECKPOINT_S = 0.7e-3
+HOST_COLLECTIVE_S = 40e-6  # issuing a collective from an autograd function, measured the same way (docs/log.md)
 # Selective recomputation where FlashAttention already leaves no scores to recompute: every second product again
 # (torchtitan's policy, its documentation).
 SELECTIVE_SHARE = 0.5
