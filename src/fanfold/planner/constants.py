@@ -24,6 +24,8 @@ MATMUL_EFFICIENCY = {
     "TPU": 0.75,
 }
 MATMUL_EFFICIENCY_OTHER = 0.70
+# Devices with less power per FLOP than these clock down; MATMUL_EFFICIENCY stands for these.
+POWER_REFERENCE = {"Ampere": "A100-80GB-SXM", "Hopper": "H100-80GB-SXM", "Ada": "L40S"}
 # fp8 products gain less than the peak says: scaling, higher power per FLOP. M: MLPerf Eos GPT-3.
 FP8_EFFICIENCY = 0.80  # times the above
 
@@ -31,6 +33,8 @@ FP8_EFFICIENCY = 0.80  # times the above
 # per product (CUTLASS, efficient GEMM). K1 is the depth that filling the pipeline and writing the result costs.
 TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.97), (128, 64, 0.85), (64, 128, 0.85), (64, 64, 0.70))
 FILL_DEPTH = 128
+# Up to so many rows a product is a sum of vectors, on units that reach a tenth of the peak.
+VECTOR_ROWS, VECTOR_EFFICIENCY = 8, 0.1
 SPLIT_DEPTHS = (1, 2, 4, 8)  # a deep product with few tiles is cut along K
 
 # Share of the memory bandwidth that streaming kernels reach. K4: layer norm and dropout, with and without
@@ -55,6 +59,10 @@ HOST_BACKWARD_S = 0.65e-3
 # Checkpointing a layer (re-entrant autograd, random state kept and put back) beside its second forward, measured the
 # same way: backward grows from 0.33 to 1.38 ms, forward by 0.08, of which the second forward is 0.41.
 HOST_CHECKPOINT_S = 0.7e-3
+HOST_COLLECTIVE_S = 40e-6  # issuing a collective from an autograd function, measured the same way (docs/log.md)
+# Selective recomputation where FlashAttention already leaves no scores to recompute: every second product again
+# (torchtitan's policy, its documentation).
+SELECTIVE_SHARE = 0.5
 
 # Collectives (C): start-up per step of a ring, NCCL's kernel included, and what a network card reaches.
 ALPHA_WITHIN_S = 10e-6
