@@ -2,7 +2,8 @@
 
 Calibration sources (never reported as zero-shot): FlashAttention-2 table 1 (FA2), Korthikanti 2022 table 4 (K4),
 published collectives (C), and single published runs (M: Llama 3 table 4, Nemotron-4, MT-NLG, MLPerf Eos).
-No number here was chosen on a row that docs/validation.md reports as zero-shot.
+None was fitted by a procedure to a row that docs/validation.md reports as zero-shot; which ones were set with such rows
+in view, docs/validation.md says.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ ALLOCATOR_SLACK = 0.04
 
 # Inference. Kernels beside the products in one layer (norms, positions, cache, attention, activation), replayed from
 # a graph. What a serving engine adds to a step, and to it per sequence: schedulers in Python need milliseconds (the
-# vLLM 0.6 notes put scheduling and sampling beside the device's work), runtimes in C++ a fraction. Not fitted.
+# vLLM 0.6 notes put scheduling and sampling beside the device's work), runtimes in C++ a fraction. Round numbers.
 LAYER_KERNELS = 8
 ENGINE_S = {"python": (2e-3, 1e-4), "native": (0.5e-3, 1e-5), "eager": (2e-3, 1e-4)}
 EAGER_LAYER_S = 0.3e-3  # issuing one layer without gradients and without graphs: a third of HOST_FORWARD_S
