@@ -187,6 +187,23 @@ def test_a_row_left_out_keeps_its_neighbours_bytes(gpt2):
     assert first[0].ids == whole[0].ids
 
 
+def test_a_row_that_raises_is_found_and_the_others_verify(tmp_path, gpt2, rows, monkeypatch):
+    from fanfold.tasks import decode
+
+    run = decode._Piece.run
+
+    def poisoned(piece):
+        if any(prompt.row == 7 and not prompt.filler for prompt in piece._prompts):
+            raise ValueError("this row is poison")
+        return run(piece)
+
+    monkeypatch.setattr(decode._Piece, "run", poisoned)
+    done = ff.generate(str(rows), tmp_path / "out", model=str(gpt2), on="inline", max_new_tokens="n", limit=40)
+    assert (done.summary["rows_ok"], done.summary["rows_failed"]) == (39, 1)
+    assert "this row is poison" in (tmp_path / "out" / "quarantine.jsonl").read_text()
+    assert ff.verify(tmp_path / "out").max_difference == 0
+
+
 def test_the_cache_bounds_what_is_held(gpt2):
     """One prompt far longer than the others, and room for little more: rows wait, results stay."""
     from test_generate_tokens import opened

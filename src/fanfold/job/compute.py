@@ -129,7 +129,8 @@ def compute_lease(
                 for number, batch in enumerate(batches_of(items, piece)):
                     desk.at(piece, number)
                     left_out = detail.left_out.get((piece, number), {})
-                    result, failed = compute_batch(opened, batch, left_out, alive)
+                    together = work.numerics.order == "dealt"
+                    result, failed = compute_batch(opened, batch, left_out, alive, together=together)
                     results.append(result)
                     failures += failed
                     num_tokens = sum(map(len, batch.ids))
@@ -169,8 +170,13 @@ def compute_batch(
     batch: BatchItems,
     left_out: dict[int, tuple[str, str]],
     alive: Callable[[], None] = lambda: None,
+    *,
+    together: bool = False,
 ) -> tuple[dict[str, Any], list[RowFailure]]:
-    """The batch's results and its failed rows. `left_out` are rows known to be bad: place -> (error, message)."""
+    """The batch's results and its failed rows. `left_out` are rows known to be bad: place -> (error, message).
+
+    `together`: what a row computes depends on which rows are left out, so all good ones are computed once more.
+    """
     failures = [_failure(batch, row, error, message) for row, (error, message) in sorted(left_out.items())]
     try:
         result, bad = compute_rows(opened, batch, set(range(len(batch.ids))) - left_out.keys(), alive)
@@ -181,7 +187,13 @@ def compute_batch(
         first: Exception = error
     except Exception as error:
         first = error
-    return _take_apart(opened, batch, left_out, failures, first, alive)
+    result, failures = _take_apart(opened, batch, left_out, failures, first, alive)
+    if together and len(failures) < len(batch.ids):
+        names = {failure.offset for failure in failures}
+        good = {place for place, offset in enumerate(batch.offsets) if offset not in names}
+        result, bad = compute_rows(opened, batch, good, alive)
+        failures += [_failure(batch, row, *cause) for row, cause in sorted(bad.items())]
+    return result, failures
 
 
 def compute_rows(

@@ -91,7 +91,8 @@ class GenerateOnUnit:
         return task.new_tokens if own is None else own
 
     def _chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
-        check_chat(self.task.checkpoint)
+        if not self._tokenizer.chat_template:
+            check_chat(self.task.checkpoint)
         try:
             ids = self._tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -225,14 +226,14 @@ class GenerateOnUnit:
 
         self.load()
         prompts = [
-            Prompt(ids=one.ids, limit=one.limit, row=row, filler=place in fillers, guide=self._guide())
+            Prompt(ids=one.ids, limit=one.limit, row=row, filler=place in fillers, guide=self._guide(place in fillers))
             for place, (one, row) in enumerate(zip(asked, rows, strict=True))
         ]
         found: list[Completion] = self._decoder.complete(prompts, beat)
         return found
 
-    def _guide(self) -> Any:
-        return None if self._guides is None else self._guides.new()
+    def _guide(self, is_filler: bool) -> Any:
+        return None if self._guides is None or is_filler else self._guides.new()
 
     def _values(self, prompt: Sequence[int], completion: Completion) -> dict[str, Any]:
         ids = [*prompt, *completion.ids] if self.task.full_text else completion.ids
