@@ -106,13 +106,13 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    if name != "plan":  # also the name of a package
+    if name not in ("parallel", "plan"):  # names of packages, too
         globals()[name] = value
     return value
 
 
 class _Front(types.ModuleType):
-    """`ff.plan` is the function; the package of the same name is still there to import from."""
+    """`ff.plan` and `ff.parallel` are functions; the packages of these names are still there to import from."""
 
     @property
     def plan(self) -> Any:
@@ -120,6 +120,14 @@ class _Front(types.ModuleType):
 
     @plan.setter
     def plan(self, value: object) -> None:
+        """The import system sets submodules here."""
+
+    @property
+    def parallel(self) -> Any:
+        return __getattr__("parallel")
+
+    @parallel.setter
+    def parallel(self, value: object) -> None:
         """The import system sets submodules here."""
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fanfold.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 
 def need(module: str, *, extra: str, purpose: str) -> ModuleType:
@@ -29,15 +30,3 @@ def has(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
-
-
-class Room(ModuleType):
-    """A module that has the name of a public function: `fanfold.plan`, once imported, is the room and can be called."""
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return sys.modules["fanfold"].__getattr__(self.__name__.rpartition(".")[2])(*args, **options)
-
-
-def make_callable(module: str) -> None:
-    """From now on a call of the module is a call of the public function of its name."""
-    sys.modules[module].__class__ = Room

@@ -17,6 +17,7 @@ from fanfold.parallel import equal
 from fanfold.parallel.mesh import Split
 from fanfold.parallel.split import architecture, config_of
 from fanfold.parallel.tiny import tiny_model
+from fanfold.planner.methods.tensor import collectives
 from fanfold.tasks.parallel_model import start
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
@@ -130,6 +131,28 @@ def test_two_pipeline_stages_are_the_whole_model_to_the_bit(ranks, folder_of, na
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_stages_whose_layers_are_split_are_the_whole_model(ranks, folder_of, name):
     check(compared(ranks, folder_of(name, 2), 2, stages=2), name)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert base", "gpt2", "opt", "gpt_neox", "llama", "mistral", "gemma", "phi3"])
+def test_the_planner_predicts_what_is_called(ranks, folder_of, name):
+    folder = folder_of(name, 2)
+    record = compared(ranks, folder, 2)
+    config = AutoConfig.from_pretrained(folder)
+    cut = name != "gemma"  # its embedding scales what it looks up, so it and the head stay whole
+    predicted = collectives(
+        blocks=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        tokens=3 * 17,
+        num_bytes=8,
+        head=cut and name != "bert base",
+        backward=True,
+        embedding=cut,
+    )
+    counted = {kind: record["collectives"].get(kind, 0) for kind in ("all_reduce", "all_gather")}
+    assert counted == {"all_reduce": predicted.all_reduce, "all_gather": predicted.all_gather}
+    num_bytes = {kind: record["bytes"].get(kind, 0) for kind in ("all_reduce", "all_gather")}
+    assert num_bytes == {"all_reduce": predicted.all_reduce_bytes, "all_gather": predicted.all_gather_bytes}
 
 
 def test_three_ranks_share_the_queries_of_two_key_value_heads(ranks, tmp_path):

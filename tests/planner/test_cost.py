@@ -184,4 +184,11 @@ def test_words_of_a_table_go_before_the_catalogue():
     assert clusters.from_words("A100 (8 per node, NVLink, 800 Gb/s IB per node)", 64).network_bytes_per_s == 12.5e9
     assert clusters.from_words("H100-80GB-SXM (cloud, 200Gb/s per GPU)", 64).network_bytes_per_s == 25e9
     assert clusters.from_words("H100-80GB-SXM (NVLink 900GB/s)", 64).network_bytes_per_s == 50e9
+    assert clusters.from_words("A100-80GB-SXM (4 per node, 4x200Gb)", 64).network_bytes_per_s == 25e9
     assert clusters.from_words("Q100", 8) is None
+    assert clusters.from_words("A101", 8) is None
+
+
+def test_a_device_with_less_power_per_flop_clocks_down():
+    assert clusters.accelerator("H100-80GB-SXM").clock_share == 1
+    assert clusters.accelerator("A100-80GB-PCIe").clock_share == pytest.approx((300 / 400) ** 0.5)

@@ -161,7 +161,7 @@ def test_a_quantile_lies_between_its_neighbours():
 
 @pytest.mark.slow
 def test_the_page_of_results_is_not_stale():
-    place = importlib.util.spec_from_file_location("validation_report", ROOT / "validation" / "report.py")
+    place = importlib.util.spec_from_file_location("validation_report", ROOT / "benchmarks" / "validation.py")
     report = importlib.util.module_from_spec(place)
     place.loader.exec_module(report)
     assert report.report() == (ROOT / "docs" / "validation.md").read_text(encoding="utf-8")

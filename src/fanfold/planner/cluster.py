@@ -9,7 +9,7 @@ from typing import Any
 
 from fanfold.errors import PlanError
 from fanfold.machine.catalogue import table
-from fanfold.planner.constants import LINK_EFFICIENCY, NETWORK_EFFICIENCY, USABLE_MEMORY
+from fanfold.planner.constants import LINK_EFFICIENCY, NETWORK_EFFICIENCY, POWER_REFERENCE, USABLE_MEMORY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,7 @@ class Accelerator:
     link_bytes_per_s: float  # one device to its node
     allreduce_bytes_per_s: float  # bus bandwidth as nccl-tests counts it
     network_bytes_per_s: float  # a device's share of its node's cards
+    clock_share: float = 1.0  # of the clock that its power lets it hold, against the architecture's SXM device
     mesh: bool = False  # a pair sees only its own link
 
     def peak(self, precision: str) -> float:
@@ -48,6 +49,9 @@ _FALLBACK = {
     "int8": ("bf16", "fp16"),
     "fp4": ("fp8", "bf16"),
     "fp32": ("bf16",),
+    "int4": ("bf16", "fp16", "fp32"),
+    "q4": ("fp16", "bf16", "fp32"),
+    "q8": ("fp16", "bf16", "fp32"),
 }
 
 
@@ -121,8 +125,19 @@ def _entry(name: str) -> Accelerator:
         link_bytes_per_s=link,
         allreduce_bytes_per_s=reached * 1e9 if reached else LINK_EFFICIENCY * link,
         network_bytes_per_s=entry.get("network_gb_per_s_per_device", 3.1) * 1e9,
+        clock_share=_clock_share(entry),
         mesh="mesh" in entry["link"],
     )
+
+
+def _clock_share(entry: dict[str, Any]) -> float:
+    """Power goes with about the square of the clock under load: watts per peak FLOP against the full-power device's."""
+    reference = POWER_REFERENCE.get(entry["architecture"])
+    if reference is None or "power_w" not in entry or "fp16_tflop_per_s" not in entry:
+        return 1.0
+    full = table("accelerators")[reference]
+    share = (entry["power_w"] / entry["fp16_tflop_per_s"]) / (full["power_w"] / full["fp16_tflop_per_s"])
+    return float(min(1.0, share**0.5))
 
 
 def _node_size(entry: dict[str, Any]) -> int:
@@ -204,9 +219,10 @@ def from_words(text: str, devices: int) -> Cluster | None:
         return None
     base = of(_entry(name), devices)
     words = text.lower()
-    if found := re.search(r"(\d+)\s*(?:gpus?\s+)?per node", words):
-        base = replace(base, devices_per_node=min(int(found[1]), max(devices, 1)))
     node = base.accelerator.devices_per_node
+    if found := re.search(r"(?<![\w.])([1-9]\d{0,2})\s*(?:gpus?\s+)?per node", words):
+        node = int(found[1])
+        base = replace(base, devices_per_node=min(node, max(devices, 1)))
     number = r"(\d+(?:\.\d+)?)"
     gbit = r"\s*G(?:bit|bps|b)(?:/s)?"  # GB/s is another thing
     if found := re.search(rf"(\d+)\s*x\s*{number}{gbit}", text):

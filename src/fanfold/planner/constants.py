@@ -2,7 +2,8 @@
 
 Calibration sources (never reported as zero-shot): FlashAttention-2 table 1 (FA2), Korthikanti 2022 table 4 (K4),
 published collectives (C), and single published runs (M: Llama 3 table 4, Nemotron-4, MT-NLG, MLPerf Eos).
-No number here was chosen on a row that docs/validation.md reports as zero-shot.
+None was fitted by a procedure to a row that docs/validation.md reports as zero-shot; which ones were set with such rows
+in view, docs/validation.md says.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ MATMUL_EFFICIENCY = {
     "TPU": 0.75,
 }
 MATMUL_EFFICIENCY_OTHER = 0.70
+# Devices with less power per FLOP than these clock down; MATMUL_EFFICIENCY stands for these.
+POWER_REFERENCE = {"Ampere": "A100-80GB-SXM", "Hopper": "H100-80GB-SXM", "Ada": "L40S"}
 # fp8 products gain less than the peak says: scaling, higher power per FLOP. M: MLPerf Eos GPT-3.
 FP8_EFFICIENCY = 0.80  # times the above
 
@@ -31,6 +34,8 @@ FP8_EFFICIENCY = 0.80  # times the above
 # per product (CUTLASS, efficient GEMM). K1 is the depth that filling the pipeline and writing the result costs.
 TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.97), (128, 64, 0.85), (64, 128, 0.85), (64, 64, 0.70))
 FILL_DEPTH = 128
+# Up to so many rows a product is a sum of vectors, on units that reach a tenth of the peak.
+VECTOR_ROWS, VECTOR_EFFICIENCY = 8, 0.1
 SPLIT_DEPTHS = (1, 2, 4, 8)  # a deep product with few tiles is cut along K
 
 # Share of the memory bandwidth that streaming kernels reach. K4: layer norm and dropout, with and without
@@ -55,6 +60,10 @@ HOST_BACKWARD_S = 0.65e-3
 # Checkpointing a layer (re-entrant autograd, random state kept and put back) beside its second forward, measured the
 # same way: backward grows from 0.33 to 1.38 ms, forward by 0.08, of which the second forward is 0.41.
 HOST_CHECKPOINT_S = 0.7e-3
+HOST_COLLECTIVE_S = 40e-6  # issuing a collective from an autograd function, measured the same way (docs/log.md)
+# Selective recomputation where FlashAttention already leaves no scores to recompute: every second product again
+# (torchtitan's policy, its documentation).
+SELECTIVE_SHARE = 0.5
 
 # Collectives (C): start-up per step of a ring, NCCL's kernel included, and what a network card reaches.
 ALPHA_WITHIN_S = 10e-6
@@ -72,7 +81,7 @@ ALLOCATOR_SLACK = 0.04
 
 # Inference. Kernels beside the products in one layer (norms, positions, cache, attention, activation), replayed from
 # a graph. What a serving engine adds to a step, and to it per sequence: schedulers in Python need milliseconds (the
-# vLLM 0.6 notes put scheduling and sampling beside the device's work), runtimes in C++ a fraction. Not fitted.
+# vLLM 0.6 notes put scheduling and sampling beside the device's work), runtimes in C++ a fraction. Round numbers.
 LAYER_KERNELS = 8
 ENGINE_S = {"python": (2e-3, 1e-4), "native": (0.5e-3, 1e-5), "eager": (2e-3, 1e-4)}
 EAGER_LAYER_S = 0.3e-3  # issuing one layer without gradients and without graphs: a third of HOST_FORWARD_S

@@ -20,7 +20,7 @@ class Framework:
     data_overlap: bool = True
     pipeline_overlap: bool = True
     scatter_gather: bool = True  # a tensor group sends a stage's border in parts
-    gradient_bytes: int = 2
+    gradient_bytes: int = 4
     host: float = 1.0  # what the host needs to issue a layer, of eager PyTorch
     interleaves: bool = True
     sharded_vocabulary: bool = True
@@ -57,12 +57,14 @@ _KNOWN: tuple[tuple[str, Framework], ...] = (
     (r"flashattention-2", replace(_FSDP, name="FlashAttention-2", fused=True)),
     (r"maxtext|paxml|jax|t5x", Framework(name="JAX", compiled=True, sequence_parallel=True, host=0.0)),
     (r"llm-foundry|composer", replace(_FSDP, flash=1)),  # attn_impl: triton, a port of FlashAttention-1
+    (r"torchtitan.*compile|compile.*(fsdp|torchtitan)|fsdp.*compile", replace(_FSDP, compiled=True)),
     (r"fsdp|torchtitan", _FSDP),
     (
         r"ddp|bert",
         replace(_FSDP, name="PyTorch DDP", flash=0, dropout=True, fused=True, host=0.7),
     ),
-    (r"nemo|megatron-core|mcore|megatron", CURRENT),
+    (r"nemo", replace(CURRENT, name="NeMo", gradient_bytes=2)),  # its recipes reduce gradients in 16 bits
+    (r"megatron|mcore", CURRENT),
 )
 
 

@@ -18,8 +18,10 @@ from fanfold.planner.constants import (
     FLASH_OTHER,
     HOST_BACKWARD_S,
     HOST_CHECKPOINT_S,
+    HOST_COLLECTIVE_S,
     HOST_FORWARD_S,
     MEMORY_EFFICIENCY,
+    SELECTIVE_SHARE,
 )
 from fanfold.planner.gemm import gemm_s, sustained_flop_per_s
 from fanfold.planner.methods import context, expert
@@ -102,6 +104,9 @@ def layer_s(layer: Layer, run: Run) -> tuple[Terms, Terms]:
         backward = backward.plus(forward, run.degrees.recompute_share)
     elif recompute == "selective" and not run.framework.flash:
         backward.attention += forward.attention
+    elif recompute == "selective" and run.framework.name == "PyTorch FSDP":
+        backward.matmul += SELECTIVE_SHARE * forward.matmul
+        backward.memory += forward.memory
     return forward, backward
 
 
@@ -216,7 +221,9 @@ def _host(layer: Layer, run: Run, forward: Terms, backward: Terms) -> None:
     """What the host needs to issue the kernels, where the device is done sooner."""
     parts = (1 + len(layer.attention)) / 2 * (3.0 if layer.experts else 1.0)
     again = 1.0 if run.degrees.recompute == "full" else 0.0
-    forward.launch += max(0.0, parts * HOST_FORWARD_S * run.framework.host - forward.total)
+    calls = (len(layer.attention) + 1) * HOST_COLLECTIVE_S if run.degrees.tensor > 1 else 0.0
+    ahead = parts * HOST_FORWARD_S + calls
+    forward.launch += max(0.0, ahead * run.framework.host - forward.total)
     busy = backward.total + again * forward.total
-    issue = parts * (HOST_BACKWARD_S + again * (HOST_FORWARD_S + HOST_CHECKPOINT_S)) * run.framework.host
-    backward.launch += max(0.0, issue - busy)
+    issue = parts * (HOST_BACKWARD_S + again * HOST_CHECKPOINT_S) + calls + again * ahead
+    backward.launch += max(0.0, issue * run.framework.host - busy)

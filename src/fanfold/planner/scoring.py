@@ -201,7 +201,7 @@ def _ideal_serving(row: Row) -> float:
     model, devices = model_of(row), whole(row, "n_devices") or 1
     device = cluster_of(row, devices).accelerator
     kind = SERVING[row["metric"]]
-    inputs, outputs = whole(row, "isl") or 1, round(real(row, "osl") or 1)
+    inputs, outputs = whole(row, "isl") or 512, round(real(row, "osl") or 1)
     batch = whole(row, "concurrency") or 1
     flops = inputs * model.forward_flops_per_token(inputs) / (devices * device.peak(precision_of(row)))
     read = model.active_params * 2 / (devices * device.memory_bytes_per_s)
@@ -210,7 +210,11 @@ def _ideal_serving(row: Row) -> float:
     if kind == "itl":
         return read
     if kind in RATES:
-        size = {"output": outputs, "total": inputs + outputs, "requests": 1}[kind]
+        if kind == "prefill_rate":
+            return flops / inputs
+        if kind == "decode_rate":
+            return read / batch
+        size = {"output": outputs, "total": inputs + outputs, "requests": 1}[kind.removesuffix("_each")]
         return flops * (inputs + outputs) / inputs / size
     return flops * batch + outputs * read
 

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from fanfold import extras
 from fanfold.engine.supervisor import IN_WORKER
-from fanfold.errors import InputError, InternalError, PlanError, RequestError, SafetyError, UnitLost, cause_line
+from fanfold.errors import InputError, InternalError, PlanError, RequestError, UnitLost, cause_line
 from fanfold.machine.discover import discover
 from fanfold.parallel.families import check_split
 from fanfold.parallel.mesh import Split, parse_split
 from fanfold.tasks import compiled
 from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, first_of, num_matmul_weights
 from fanfold.tasks.chunking import Chunking, make_chunking, mean_of_parts, prepared_parts
+from fanfold.tasks.loading import open_model, open_tokenizer
 from fanfold.tasks.parallel_model import ParallelModel
 from fanfold.tasks.pooling import Head, num_positions, read_head, weights_of
 from fanfold.tasks.task import Column, ModelBatch, Prepared
@@ -341,11 +342,7 @@ class EmbedOnUnit:
 
     def _open_tokenizer(self) -> Any:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            path = str(self.task.checkpoint.path)
-            with _refusals(self.task.checkpoint):
-                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            tokenizer = open_tokenizer(self.task.checkpoint)
             if self.task.head.lower_case:
                 _lower_case(tokenizer)
             if self.task.prompt and not self.task.head.include_prompt:
@@ -421,27 +418,9 @@ class EmbedOnUnit:
     def _load_model(self, dtype: Any) -> Any:
         import transformers
 
-        transformers.utils.logging.disable_progress_bar()
         checkpoint = self.task.checkpoint
         loader = getattr(transformers, _ENCODERS.get(checkpoint.model_type, "AutoModel"))
-        with _refusals(checkpoint):
-            model, report = loader.from_pretrained(
-                str(checkpoint.path),
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-            )
-        missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
-        if missing or report["mismatched_keys"]:
-            raise InputError(
-                f"loading {checkpoint.shown}",
-                found=f"weights missing or of another shape: {', '.join(missing[:3]) or report['mismatched_keys']}",
-                allowed="a checkpoint that holds every weight of its config",
-                do="save or download the model again",
-            )
+        model = open_model(loader, checkpoint, dtype=dtype, spare=lambda name: name.startswith("pooler."))
         if model.config.is_encoder_decoder:
             raise PlanError(
                 f"embedding with {checkpoint.shown}",
@@ -449,7 +428,7 @@ class EmbedOnUnit:
                 allowed="encoders, decoders used as encoders, and the encoders of " + ", ".join(_ENCODERS),
                 do="choose an embedding model",
             )
-        return model.eval().to(self.device)
+        return model.to(self.device)
 
     def _checked_dense(self, dense: Any, dtype: Any) -> tuple[Any, Any]:
         try:
@@ -551,32 +530,3 @@ def _lower_case(tokenizer: Any) -> None:
     steps: list[Any] = [*present] if several else [present] if present else []
     if not any(isinstance(step, normalizers.Lowercase) for step in steps):
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
-
-
-class _refusals:
-    """What transformers refuses or cannot read, as errors of four parts."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        damaged = type(error).__name__ == "SafetensorError"
-        if not damaged and not isinstance(error, ValueError | OSError | KeyError | ImportError | RuntimeError):
-            return
-        if "trust_remote_code" in str(error):
-            raise SafetyError(
-                f"loading {self.checkpoint.shown}",
-                found="it needs Python code that comes with the model",
-                allowed="architectures that transformers itself has",
-                do="choose another checkpoint",
-            ) from error
-        reason = str(error).strip().splitlines()
-        raise InputError(
-            f"loading {self.checkpoint.shown} with transformers",
-            found=f"{type(error).__name__}: {reason[0] if reason else ''}",
-            allowed="a model folder as save_pretrained writes it",
-            do="check the files of the folder, or update transformers",
-        ) from error

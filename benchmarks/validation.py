@@ -7,16 +7,12 @@ the cluster's other rows. in-sample: each source, model and cluster has its own 
 from __future__ import annotations
 
 import statistics
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
-
-from fanfold.job.plan_tables import read  # noqa: E402
-from fanfold.planner.published import model_of  # noqa: E402
-from fanfold.planner.scoring import Scored  # noqa: E402
-from fanfold.planner.validate import (  # noqa: E402
+from fanfold.job.plan_tables import read
+from fanfold.planner.published import cluster_of, model_of
+from fanfold.planner.validate import (
     in_sample,
     is_calibration,
     one_scalar,
@@ -26,6 +22,10 @@ from fanfold.planner.validate import (  # noqa: E402
     validate,
 )
 
+if TYPE_CHECKING:
+    from fanfold.planner.scoring import Scored
+
+ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "validation.md"
 
 
@@ -56,6 +56,14 @@ def verdict(text: str, value: float | None, gate: float, stretch: float, *, abov
     return f"| {text} | {share(value)} % | {share(gate, 0)} / {share(stretch)} % | {state} |"
 
 
+def reading_s(one: Scored) -> float:
+    """Seconds that reading the active weights once a token takes at the datasheet's bandwidth: no run is faster."""
+    row = one.row
+    device = cluster_of(row, int(row["n_devices"])).accelerator
+    read = 2 * model_of(row).active_params / (int(row["n_devices"]) * device.memory_bytes_per_s)
+    return int(row["osl"]) * read
+
+
 def report() -> str:
     rows = [row for file in sorted((ROOT / "validation").glob("*.csv")) for row in read(str(file))]
     records = validate(rows)
@@ -71,9 +79,9 @@ def report() -> str:
     lines = [
         "# Validation: predictions against published measurements",
         "",
-        "Written by `python validation/report.py`; a test fails when it is stale. Errors in percent of what was",
+        "Written by `scripts/bench validation`; a test fails when it is stale. Errors in percent of what was",
         "measured (seconds, or tokens a second; never utilisations). No GPU was at hand: every number is a prediction",
-        "from datasheets and a few constants ([planning.md](planning.md)), for rows that no constant was taken from.",
+        "from datasheets and a few constants ([planning.md](planning.md)), for rows to which no constant was fitted.",
         "",
         "## Where the claims stand",
         "",
@@ -114,6 +122,16 @@ def report() -> str:
         found = sorted(abs(one.error) for one in ones)
         value = statistics.median(found) if text.endswith("median") else statistics.fmean(found)
         lines.append(verdict(f"{text} ({len(ones)} rows)", value, gate, stretch))
+    argonne = [one for one in infer if "argonne" in one.row["source"]]
+    possible = [one for one in argonne if one.measured >= reading_s(one)]
+    lines.append(
+        verdict(
+            f"Argonne sweeps, the {len(possible)} rows that are not faster than reading the weights: mean",
+            mean(possible),
+            0.20,
+            0.15,
+        )
+    )
     judged = [r for r in records if r["kind"] == "train" and not r["calibration"] and r["n_predicted"] >= 5]
     judged = [r for r in judged if r["null_loso_mape"] is not None]
     better = [r for r in judged if r["mape"] <= r["null_loso_mape"]]
@@ -146,7 +164,7 @@ def report() -> str:
         protocols("all inference", infer),
     ]
     kinds = sorted({(one.kind, one.row["source"]) for one in fresh}, key=lambda pair: (pair[0] != "train", pair[1]))
-    for kind, source in kinds:
+    for _kind, source in kinds:
         ones = [one for one in fresh if one.row["source"] == source]
         lines.append(protocols(f"{source[-58:]}", ones))
     lines += [
@@ -165,7 +183,8 @@ def report() -> str:
         keys = ("median_ape", "mape", "p90_ape", "bias", "null_mape", "null_loso_mape")
         cells = " | ".join(share(r[key]) for key in keys)
         lines.append(
-            f"| {name} | {r['metric']} | {r['n_predicted']}/{r['n_rows']} | {cells} | {rank} | {share(r['regret_max'])} |"
+            f"| {name} | {r['metric']} | {r['n_predicted']}/{r['n_rows']} | {cells} | {rank}"
+            f" | {share(r['regret_max'])} |"
         )
     skipped: dict[str, int] = {}
     for r in records:
@@ -188,7 +207,16 @@ Causes of what is missed, as far as they are known:
 - DeepSpeed ZeRO-3 of 2021 did not reach the network's rate (Narayanan table 2): predicted far too fast.
 - Of the Argonne sweeps some Qwen2 rows (H100, TensorRT-LLM) are an order of magnitude faster than reading the weights
   allows: they are left in the mean. The median is what describes the rest.
-- The bound of time to first token is queueing near saturation, where small errors of the service time grow."""
+- Time to first token is bounded by queueing near saturation, where small errors of the service time grow.
+
+How independent this is: the author saw the error tables while the model was made, so "zero-shot" says less here than
+it would of sources that were held back; sources outside this folder are the better test. No constant was fitted by a
+procedure to a row reported here, but some were set with such rows in view: Hopper's share of the peak (0.72, then
+0.67; Nemotron-4 and MLPerf support it, Llama 3 does not), the engines' overheads and the 5 ms of a prefill (orders of
+magnitude, after reading the Argonne and TensorRT rows), the host's times (measured on a CPU because single-node rows
+were predicted too fast). The form of the queueing term and the rules for what frameworks do (gradients,
+recomputation, FlashAttention's version, interleaving) were revised after seeing rows. The printed interval comes from
+the residuals of the reported rows."""
 
 
 if __name__ == "__main__":
