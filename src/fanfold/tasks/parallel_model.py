@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ class ParallelModel:
     ) -> None:
         self.split = split
         self._ranks = start(split, timeout_s=timeout_s, threads=threads)
+        self._end = weakref.finalize(self, self._ranks.close)  # also where nobody closes it
         try:
             self._ranks.ask("load", {"folder": folder, "dtype": dtype, "base": base})
             self.pids = tuple(pid for _, pid in self._ranks.answers(LOAD_S))
@@ -51,7 +53,7 @@ class ParallelModel:
 
     def close(self) -> None:
         """The group ends; twice is fine."""
-        self._ranks.close()
+        self._end()
 
     def __enter__(self) -> ParallelModel:
         return self
