@@ -130,6 +130,12 @@ class _Front(types.ModuleType):
     def parallel(self, value: object) -> None:
         """The import system sets submodules here."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A function that names `ff` travels to another process; a subclass of modules needs telling how."""
+        import importlib
+
+        return importlib.import_module, (__name__,)
+
 
 sys.modules[__name__].__class__ = _Front
 

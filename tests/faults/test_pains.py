@@ -35,10 +35,10 @@ from fanfold.errors import FanfoldError, InternalError, PieceFailed, Stopped, Un
 from fanfold.events import Batch, Note, ProcessStarted, UnitDied, UnitReady
 from fanfold.job import agenda as job_agenda
 from fanfold.job import engines
-from fanfold.job import memory as job_memory
 from fanfold.job import run as job_run
 from fanfold.job.request import Request
 from fanfold.job.run import run_job
+from fanfold.job.verbs import MAKERS
 from fanfold.machine.discover import discover
 from fanfold.testing.fakes import FakeOnUnit, FakeTask
 
@@ -415,8 +415,8 @@ class Lengths(FakeTask):
     def open(self, unit, numerics):
         class OnUnit(FakeOnUnit):
             def compute(self, batch):
-                vectors = np.zeros((len(ids), 8), np.float32)
-                vectors[:, 0] = [double(len(row)) + self.task.plus for row in ids]
+                vectors = np.zeros((len(batch.ids), 8), np.float32)
+                vectors[:, 0] = [double(len(row)) + self.task.plus for row in batch.ids]
                 return {"embedding": vectors}
         return OnUnit(self)
 
@@ -945,7 +945,7 @@ def temporary(tmp_path, monkeypatch):
     """The folder for temporary files, from now on; `ff.embed` computes with the fake."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr(job_memory, "make_embed", lambda **options: FakeTask(faults={"bad": "raise"}))
+    monkeypatch.setitem(MAKERS, "embed", lambda: lambda model=None: FakeTask(faults={"bad": "raise"}))
     return tmp_path / "tmp"
 
 
@@ -960,8 +960,8 @@ IN_MEMORY = (
     IMPORTS
     + """
 import fanfold as ff
-from fanfold.job import memory
-memory.make_embed = lambda **options: FakeTask(token_s=10)
+from fanfold.job.verbs import MAKERS
+MAKERS["embed"] = lambda: lambda model=None: FakeTask(token_s=10)
 ff.embed(["a text"] * 200, on="cpu:2")
 """
 )
