@@ -27,7 +27,7 @@ def equal(
     model
         A model folder or a Hugging Face id; the demo model if left away.
     layout
-        tensor=N.
+        tensor=N, pipeline=N, context=N (context=N:ulysses, context=N:ring), expert=N, several with commas.
     dtype
         float64, float32 or bfloat16: in which the checkpoint is compared.
     revision

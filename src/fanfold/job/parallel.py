@@ -9,6 +9,7 @@ from fanfold import extras
 from fanfold.data.scratch import scratch_folder
 from fanfold.errors import DifferenceFound, PlanError
 from fanfold.parallel.mesh import Split, parse_split
+from fanfold.plan.layout import product_of
 from fanfold.tasks.checkpoint import find_checkpoint
 from fanfold.tasks.parallel_model import ANSWER_S, ParallelModel, start
 
@@ -32,6 +33,13 @@ def parallel(
     split = parse_split(layout)
     if on != "cpu" and not on.startswith("cpu:"):
         raise PlanError(f"ff.parallel(..., on={on!r})", found="another place", allowed="cpu", do="leave on= away")
+    if on != "cpu" and on != f"cpu:{split.units}":
+        raise PlanError(
+            f"ff.parallel(..., layout={layout!r}, on={on!r})",
+            found=f"{product_of(str(split))} units for the model, and {on.removeprefix('cpu:')} to run it on",
+            allowed=f"cpu:{split.units}",
+            do=f"use on='cpu:{split.units}', leave on= away, or choose a layout whose product is that number",
+        )
     for module in ("torch", "transformers"):
         extras.need(module, extra="torch", purpose="ff.parallel")
     folder = str(find_checkpoint(model, revision=revision, tokenizer=False).path)

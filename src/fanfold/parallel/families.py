@@ -178,6 +178,14 @@ def check_split(config: Any, split: Split) -> None:
             allowed=f"pipeline=1 to pipeline={config.num_hidden_layers}: a stage holds a layer at the least",
             do=f"use pipeline={config.num_hidden_layers}",
         )
+    for axis in ("context", "expert"):
+        if getattr(split, axis) > 1:
+            raise PlanError(
+                f"--layout {split}",
+                found=f"a {config.model_type}, which is not cut by {axis} yet",
+                allowed="tensor=N, pipeline=N",
+                do=f"leave {axis} away",
+            )
     if split.tensor > 1:
         family_of(config)
         for rank in range(split.tensor):

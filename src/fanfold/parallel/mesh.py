@@ -1,52 +1,112 @@
-"""Which rank does what: one grid, data x pipeline x tensor, and the groups that come from it."""
+"""Which rank does what: one grid, data x pipeline x context x expert x tensor, and the groups that come from it.
+
+Ranks count along the last axis first, so those that talk most, the tensor group, stand together. Experts have an axis
+of their own: `expert` units hold different experts and the same of everything else, which tensor may cut further.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from fanfold.errors import PlanError
 
-METHODS = ("data", "pipeline", "tensor")
+Axis = Literal["data", "pipeline", "context", "expert", "tensor"]
+AXES: tuple[Axis, ...] = get_args(Axis)
+ContextMethod = Literal["allgather", "ulysses", "ring"]
+CONTEXT_METHODS: tuple[ContextMethod, ...] = get_args(ContextMethod)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """How one model is cut. `tensor` units share every layer; `pipeline` stages hold consecutive layers."""
+    """How one model is cut.
+
+    `tensor` units share every layer, `expert` units the experts of a layer, `context` units the positions of a
+    sequence, of which attention exchanges keys and values by `context_method`; `pipeline` stages hold consecutive
+    layers.
+    """
 
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    context_method: ContextMethod = "allgather"
 
     @property
     def units(self) -> int:
-        return self.tensor * self.pipeline
+        return self.tensor * self.pipeline * self.context * self.expert
+
+    @property
+    def width(self) -> int:
+        """Ranks of one pipeline stage; they stand together."""
+        return self.units // self.pipeline
 
     def __str__(self) -> str:
-        named = (("pipeline", self.pipeline), ("tensor", self.tensor))
-        return " ".join(f"{name}={count}" for name, count in named if count > 1) or "whole"
+        named = [(axis, int(getattr(self, axis))) for axis in AXES if axis != "data"]
+        words = [f"{axis}={count}" + self._method(axis) for axis, count in named if count > 1]
+        return " ".join(words) or "whole"
+
+    def _method(self, axis: Axis) -> str:
+        return f":{self.context_method}" if axis == "context" and self.context_method != "allgather" else ""
 
     def stage_of(self, rank: int) -> int:
-        """Ranks of one stage stand together."""
-        return rank // self.tensor
+        return rank // self.width
 
     def place_of(self, rank: int) -> int:
         """Which share of its stage's layers a rank holds."""
         return rank % self.tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """The grid of all ranks: `data` copies of a model that is cut by `split`."""
+
+    split: Split
+    data: int = 1
+
+    @property
+    def units(self) -> int:
+        return self.data * self.split.units
+
+    @property
+    def counts(self) -> dict[Axis, int]:
+        return {axis: self.data if axis == "data" else int(getattr(self.split, axis)) for axis in AXES}
+
+    def place(self, rank: int, axis: Axis) -> int:
+        """A rank's coordinate."""
+        return rank // self._step(axis) % self.counts[axis]
+
+    def group(self, rank: int, axis: Axis) -> list[int]:
+        """The ranks that differ from this one along the axis only, itself among them; a rank's place is its index."""
+        step = self._step(axis)
+        first = rank - self.place(rank, axis) * step
+        return [first + i * step for i in range(self.counts[axis])]
+
+    def _step(self, axis: Axis) -> int:
+        return math.prod(self.counts[inner] for inner in AXES[AXES.index(axis) + 1 :])
+
+
 def parse_split(layout: str) -> Split:
-    """`tensor=2`, `pipeline=2`, `tensor=2,pipeline=2`. Raises PlanError."""
+    """`tensor=2`, `pipeline=2,tensor=2`, `context=2:ring`. Raises PlanError."""
     found: dict[str, int] = {}
+    method: ContextMethod = "allgather"
     for part in filter(None, (word.strip() for word in layout.replace(" ", ",").split(","))):
-        name, sign, number = part.partition("=")
-        if name not in ("tensor", "pipeline") or not sign or not number.isdecimal() or int(number) < 1 or name in found:
+        name, sign, value = part.partition("=")
+        number, colon, named = value.partition(":")
+        good = bool(sign) and name in AXES and name != "data" and name not in found
+        good = good and number.isdecimal() and int(number) >= 1
+        if not good or (colon and (name != "context" or named not in CONTEXT_METHODS)):
             raise PlanError(
                 f"--layout {layout}",
                 found=f"{part!r}",
-                allowed="tensor=N, pipeline=N, or both with a comma; each once, N at least 1",
+                allowed="tensor=N, pipeline=N, context=N, context=N:allgather, context=N:ulysses, context=N:ring, "
+                "expert=N, several with commas; each once, N at least 1",
                 do="for example --layout tensor=2",
             )
         found[name] = int(number)
-    return Split(**found)
+        method = next((known for known in CONTEXT_METHODS if known == named), method)
+    return Split(**found, context_method=method)
 
 
 def shares(count: int, ways: int) -> list[range]:

@@ -28,19 +28,16 @@ class Ranks:
         import torch
 
         from fanfold.parallel.comm import Comm
-        from fanfold.parallel.tensors import Alone, TensorGroup
+        from fanfold.parallel.groups import Groups
 
         torch.set_num_threads(self.threads)
         _quiet()
-        split, timeout_s = self.split, max(LOAD_S, self.timeout_s)
-        stage = split.stage_of(rank)
-        world = TensorGroup(self.path, rank, size, timeout_s)
-        group = world
-        if split.pipeline > 1 and split.tensor > 1:
-            group = TensorGroup(f"{self.path}-{stage}", split.place_of(rank), split.tensor, timeout_s)
-        comm = Comm(Alone() if split.tensor == 1 else group)
+        split = self.split
+        groups = Groups(self.path, rank, split, max(LOAD_S, self.timeout_s))
+        world = groups.world
+        comm = Comm(groups.along("tensor"))
         between = world if split.pipeline > 1 else None
-        lead = (split.pipeline - 1) * split.tensor
+        lead = (split.pipeline - 1) * split.width
         model: Any = None
         try:
             while True:
@@ -58,7 +55,7 @@ class Ranks:
                     )
                     model = share.model
                     world.barrier("load")
-                    world.timeout_s = group.timeout_s = self.timeout_s
+                    groups.set_timeout(self.timeout_s)
                     channel.send(("loaded", os.getpid()))
                 elif verb == "compare":
                     from fanfold.parallel.equal import compare
@@ -81,9 +78,7 @@ class Ranks:
                     if rank == lead:
                         channel.send(ids)
         finally:
-            group.close()
-            if world is not group:
-                world.close()
+            groups.close()
 
 
 def _quiet() -> None:

@@ -88,7 +88,7 @@ def load_share(
     """
     config = config_of(folder)
     share = cut_model(empty_model(config, architecture(config, base=base), dtype), comm)
-    stages, width = (split.pipeline, split.tensor) if split else (1, comm.size)
+    stages, width = (split.pipeline, split.width) if split else (1, comm.size)
     rank = 0 if world is None else world.rank
     share.stage = Stage(share.model, rank // width, stages, world, width)
     share.stage.cut()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from fanfold.plan.layout import processes_of
 
 # Raised whenever a release changes the bytes that the same numerics record gives.
 NUMERICS_VERSION = 1
@@ -43,8 +44,7 @@ class Numerics:
     @property
     def processes(self) -> int:
         """Over how many processes one model is cut."""
-        counts = [int(part.partition("=")[2]) for part in self.layout.split() if "=" in part]
-        return math.prod(counts)
+        return processes_of(self.layout)
 
     @property
     def level(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fanfold.errors import PlanError
-from fanfold.plan.layout import Layout
+from fanfold.plan.layout import Layout, product_of
 from fanfold.plan.plan import Plan, Unit, Where
 from fanfold.quantity import format_bytes
 
@@ -158,7 +158,8 @@ def _asked_for(count: int, machine: Machine, job: Job, room: int, numerics: Nume
         if count % numerics.processes:
             raise PlanError(
                 f"--on cpu:{count} with --layout {numerics.layout}",
-                found=f"{count} processes, {numerics.processes} for one model",
+                found=f"{product_of(numerics.layout)} processes for one model; {count} are asked for, which leaves "
+                f"{count % numerics.processes} over",
                 allowed=f"a multiple of {numerics.processes}",
                 do=f"use cpu:{count // numerics.processes * numerics.processes or numerics.processes}",
             )

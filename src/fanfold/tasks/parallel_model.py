@@ -99,4 +99,4 @@ def start(split: Split, *, timeout_s: float, threads: int = 1) -> Running:
         supervisor.close()
         Path(path).unlink(missing_ok=True)
         raise
-    return Running(supervisor, group, path, (split.pipeline - 1) * split.tensor)
+    return Running(supervisor, group, path, (split.pipeline - 1) * split.width)
