@@ -168,10 +168,12 @@ class GenerateOnUnit:
         import torch
         import transformers
 
+        from fanfold.tasks.products import quicken
+
         task = self.task
         loader = transformers.AutoModelForSeq2SeqLM if task.encodes else transformers.AutoModelForCausalLM
         dtype = torch.float32 if task.dtype == "float32" else torch.bfloat16
-        return open_model(loader, task.checkpoint, dtype=dtype).to(self.device)
+        return quicken(open_model(loader, task.checkpoint, dtype=dtype).to(self.device))
 
     def _make_decoder(self) -> Any:
         from fanfold.tasks.alone import Alone
