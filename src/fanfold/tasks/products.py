@@ -27,7 +27,7 @@ def quicken(model: Any) -> Any:
     """The model, its float32 linear layers on the CPU computed by oneDNN where that is faster. For inference only."""
     if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
         for module in model.modules():
-            weight = getattr(module, "weight", None)
+            weight: Any = getattr(module, "weight", None)
             if type(module) is nn.Linear and weight.dtype == torch.float32 and weight.device.type == "cpu":
                 module.__class__ = _Linear
     return model
