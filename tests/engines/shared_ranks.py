@@ -13,6 +13,7 @@ import time
 import numpy as np
 
 from fanfold.errors import FanfoldError
+from fanfold.parallel.gloo import GlooGroup
 from fanfold.parallel.shared import SharedGroup
 from fanfold.parallel.shared_file import SLOT_BYTES
 
@@ -81,6 +82,17 @@ def gathers(group):
     assert view[:, 1:3].sum() == 0
     assert view[:, 0].sum() == 4 * group.rank
     return "gathered"
+
+
+def exchanged(group):
+    """Each rank to each, shares of different sizes, empty ones too."""
+    for turn in range(3):
+        sizes = [[(turn * 5 + 3 * source + to) % 4 * 100 for to in range(group.size)] for source in range(group.size)]
+        mine = [drawn(group.rank, to, (sizes[group.rank][to],)) for to in range(group.size)]
+        found = group.all_to_all(mine, sizes, "tokens")
+        for source in range(group.size):
+            same(found[source], drawn(source, group.rank, (sizes[source][group.rank],)))
+    return "exchanged"
 
 
 def messages(group):
@@ -251,9 +263,14 @@ def waits(group):
     time.sleep(30)
 
 
+def exchanges(group):
+    return [sums(group), gathers(group), exchanged(group), messages(group)]
+
+
 def main(program, path, rank, size, timeout_s="20"):
+    transport = GlooGroup if path.endswith("gloo") else SharedGroup
     try:
-        with SharedGroup(path, int(rank), int(size), float(timeout_s)) as group:
+        with transport(path, int(rank), int(size), float(timeout_s)) as group:
             print("joined", flush=True)
             result = globals()[program](group)
     except (FanfoldError, ValueError) as error:

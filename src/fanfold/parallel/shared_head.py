@@ -64,7 +64,10 @@ class HeadCache:
     def read(self, memory: mmap.mmap, at: int) -> tuple[int, Head]:
         """Number and head that stand at this position."""
         number = int.from_bytes(memory[at : at + 8], "little", signed=True)
-        text = memory[at + 8 : at + HEAD_BYTES]
+        return number, self.parse(memory[at + 8 : at + HEAD_BYTES])
+
+    def parse(self, text: bytes) -> Head:
+        """The head that the text says."""
         head = self._read.get(text)
         if head is None:
             if len(self._read) >= _MAX_HEADS:
@@ -73,7 +76,7 @@ class HeadCache:
             sizes = tuple(int(size) for size in shape.split(",") if size)
             head = Head(kind, name, np.dtype(dtype), sizes, int(peer) if peer else None, text)
             self._read[text] = head
-        return number, head
+        return head
 
 
 def _short(name: str) -> str:
