@@ -51,19 +51,19 @@ def compare(
     skip: int | None = None,
     split: Split | None = None,
     world: SharedGroup | None = None,
+    context: Comm | None = None,
 ) -> dict[str, Any]:
     """On one rank: its share against the whole model, both from `folder`. All ranks call it at once.
 
     `skip`: the number of a collective that does nothing, to see whether its lack is found.
     """
-    comm.calls.clear()
-    comm.bytes.clear()
-    comm.skip = skip
-    share = load_share(folder, comm, dtype, split=split, world=world)
+    ledger = comm.ledger
+    ledger.begin(skip)
+    share = load_share(folder, comm, dtype, split=split, world=world, context=context)
     stage = share.stage
     whole = type(share.model).from_pretrained(str(folder), dtype=dtype, local_files_only=True).eval()
     inputs = inputs_for(whole)
-    found = _outputs(share.model, inputs, stage.forward)
+    found = _outputs(share.model, inputs, share.forward)
     expected = _outputs(whole, inputs, whole)
     assert expected is not None
     record: dict[str, Any] = {
@@ -79,10 +79,10 @@ def compare(
         stage.backward(None if found is None else found[1])
         expected[1].backward()
         record |= _gradients(share, whole)
-    comm.skip = None
-    record["skipped"] = comm.skipped
-    record["collectives"] = dict(comm.calls)
-    record["bytes"] = dict(comm.bytes)
+    ledger.skip = None
+    record["skipped"] = ledger.skipped
+    record["collectives"] = dict(ledger.calls)
+    record["bytes"] = dict(ledger.bytes)
     return record
 
 

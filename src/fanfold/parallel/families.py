@@ -178,7 +178,7 @@ def check_split(config: Any, split: Split) -> None:
             allowed=f"pipeline=1 to pipeline={config.num_hidden_layers}: a stage holds a layer at the least",
             do=f"use pipeline={config.num_hidden_layers}",
         )
-    for axis in ("context", "expert"):
+    for axis in ("expert",):
         if getattr(split, axis) > 1:
             raise PlanError(
                 f"--layout {split}",
