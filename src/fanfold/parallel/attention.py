@@ -31,7 +31,9 @@ class Attended:
         self._weight = q.new_zeros((*q.shape[:3], 1), dtype=wide)
         self._value = q.new_zeros((*q.shape[:3], width), dtype=wide)
 
-    def add(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, tiles: list[Tile], scale: float) -> None:
+    def add(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, tiles: list[Tile], scale: float
+    ) -> None:
         for tile in tiles:
             out, lse = attend(q, k, v, mask, tile, scale)
             rows = (slice(None), slice(None), tile.rows)

@@ -121,9 +121,7 @@ class Comm:
         sent = sum(part.numel() for rank, part in enumerate(parts) if rank != self.rank)
         if self.ledger.skips(kind, sent * parts[0].element_size(), name):
             own = parts[self.rank]
-            return [
-                own if rank == self.rank else own.new_zeros(sizes[rank][self.rank]) for rank in range(len(parts))
-            ]
+            return [own if rank == self.rank else own.new_zeros(sizes[rank][self.rank]) for rank in range(len(parts))]
         return self.transport.all_to_all(parts, sizes, name)
 
     def sum_gradient(self, parameter: torch.nn.Parameter, name: str, rows: tuple[list[int], int] | None = None) -> None:

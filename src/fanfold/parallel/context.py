@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fanfold.errors import PlanError
 from fanfold.parallel.attention import Attended, Local, attend_backward, finite
-from fanfold.parallel.mesh import shares
+from fanfold.parallel.mesh import head_shares
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,28 +82,6 @@ class _Gathered(torch.autograd.Function):  # type: ignore[misc]
             total += part
         total = total.view(*packed.shape[:2], -1, packed.shape[-1])
         return total[..., :width], total[..., width:], None, None, None
-
-
-def head_shares(num_heads: int, num_kv: int, ways: int) -> list[tuple[range, range]]:
-    """Query heads and their key-value heads for each unit; where there are too few of these, units share one.
-
-    Raises PlanError where a unit would have no head.
-    """
-    group = num_heads // num_kv
-    if ways <= num_kv:
-        return [(range(kv.start * group, kv.stop * group), kv) for kv in shares(num_kv, ways)]
-    found = []
-    for head, units in enumerate(shares(ways, num_kv)):
-        for mine in shares(group, len(units)):
-            found.append((range(head * group + mine.start, head * group + mine.stop), range(head, head + 1)))
-    if any(not heads for heads, _ in found):
-        raise PlanError(
-            f"context={ways}:ulysses",
-            found=f"{num_heads} attention heads, {num_kv} of them with keys of their own",
-            allowed="a head for each unit at the least",
-            do=f"use context={ways}:ring or context={ways}:allgather, which leave heads whole",
-        )
-    return found
 
 
 def _to_heads(

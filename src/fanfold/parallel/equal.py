@@ -26,6 +26,7 @@ FLOAT64_PROMISE = 1e-10
 CASTS_PROMISE = 1e-6  # where the model's own code computes in float32 inside
 # Their norms, rotations or softmax cast to float32 whatever the weights are.
 CASTS = ("gptj", "olmo2", "qwen3", "bloom", "falcon")
+CASTS_OVER_POSITIONS = ("gemma",)  # its norms sum their gradient over positions in float32
 _FLOOR = 1e-6
 
 
@@ -148,8 +149,9 @@ def worst_of(records: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def promise_of(model_type: str, dtype: str) -> float:
-    """The largest relative error that is allowed in the dtype."""
+def promise_of(model_type: str, dtype: str, *, context: int = 1) -> float:
+    """The largest relative error that is allowed in the dtype; context: over how many units a sequence is cut."""
     if dtype == "float64":
-        return CASTS_PROMISE if model_type in CASTS else FLOAT64_PROMISE
+        casts = model_type in CASTS or (context > 1 and model_type in CASTS_OVER_POSITIONS)
+        return CASTS_PROMISE if casts else FLOAT64_PROMISE
     return 1e-3 if dtype == "float32" else 0.1

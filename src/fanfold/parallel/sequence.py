@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fanfold.errors import InternalError, PlanError
 from fanfold.parallel.context import METHODS
 from fanfold.parallel.positions import Positions, cut_positions
+from fanfold.parallel.sequence_families import sees_all
 from fanfold.parallel.tiles import Mask, Pattern
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 ATTENTION = "fanfold_context"
 _LM = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
 _SHIFTED = ("ForCausalLM", "LMHeadModel")
+_FLOAT_LOSS = ("modernbert",)
 _CUT = ("input_ids", "token_type_ids", "position_ids")
 _WHOLE = ("attention_mask", "labels", "use_cache", "return_dict")
 _OWN_KEYWORDS = ("softcap", "s_aux", "position_bias", "head_mask", "indices")
@@ -49,9 +51,9 @@ class Sequence:
     def __init__(self, model: Any, comm: Comm, method: ContextMethod) -> None:
         self.model, self.comm, self.method = model, comm, method
         self._base = model.base_model
-        self._names = {id(module): name for name, module in model.named_modules()}
+        self._names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
         self._lm = type(model).__name__.endswith(_LM)
-        self._balanced = not _is_encoder(model.config)
+        self._balanced = not sees_all(model.config)
         self._gathered: tuple[torch.Tensor, torch.Tensor] | None = None
         _register()
         model.set_attn_implementation(ATTENTION)
@@ -159,7 +161,8 @@ class Sequence:
         """The mean over all tokens that have a label. Labels [B, S] are shifted before they are cut."""
         if type(self.model).__name__.endswith(_SHIFTED):
             labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
-            logits = logits.float()  # as transformers' own loss does
+        if type(self.model).__name__.endswith(_SHIFTED) or self.model.config.model_type in _FLOAT_LOSS:
+            logits = logits.float()  # as the model's own loss does
         mine = labels[:, cut.of_rank[self.comm.rank]].clamp(min=0)
         chosen = F.log_softmax(logits, -1).gather(-1, mine[..., None])[..., 0]
         every = self.side_by_side(chosen, cut, "loss")
@@ -214,13 +217,23 @@ def make_mask(*, mask_function: Any, attention_mask: torch.Tensor | None = None,
     run = _RUN.get()
     if run is None:
         raise InternalError(
-            "a mask for a cut sequence", found="a forward that nobody has cut", allowed="calls of the group", do="report it"
+            "a mask for a cut sequence",
+            found="a forward that nobody has cut",
+            allowed="calls of the group",
+            do="report it",
         )
     pattern: Pattern = "other"
     if mask_function is causal_mask_function:
         pattern = "causal"
     elif mask_function is bidirectional_mask_function:
         pattern = "full"
+    if pattern == "other" and run.sequence.method == "ring":
+        raise PlanError(
+            f"context={run.sequence.comm.size}:ring",
+            found="a mask of the model's own (windows, blocks)",
+            allowed="tokens that see all, or all before them, with padding",
+            do=f"use context={run.sequence.comm.size}:allgather",
+        )
     seen = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     return Mask(run, pattern, mask_function, seen)
 
@@ -252,14 +265,6 @@ def attention(
         sequence.comm, run.cut, query, key, value, attention_mask, scale, sequence.name_of(module)
     )
     return out.transpose(1, 2).contiguous(), None
-
-
-def _is_encoder(config: Any) -> bool:
-    """Whether every token sees the whole sequence."""
-    return config.model_type in ENCODERS and not getattr(config, "is_decoder", False)
-
-
-ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "xlm-roberta-xl", "distilbert", "modernbert")
 
 
 def _takes(model: Any, name: str) -> bool:

@@ -53,7 +53,7 @@ class TensorGroup(SharedGroup):
                 super().all_reduce(array_of(x), name)
         return x
 
-    def all_gather(self, x: torch.Tensor, name: str, sizes: list[int], dim: int = -1) -> torch.Tensor:  # type: ignore[override]
+    def all_gather(self, x: torch.Tensor, name: str, sizes: list[int], dim: int = -1) -> torch.Tensor:
         """All ranks' tensors side by side along `dim`, of which rank r has sizes[r]."""
         if self.size == 1:
             return x
@@ -62,7 +62,7 @@ class TensorGroup(SharedGroup):
         whole = torch.from_numpy(np.concatenate(parts)).transpose(0, dim)
         return (whole.view(x.dtype) if x.dtype == torch.bfloat16 else whole).contiguous()
 
-    def all_to_all(self, parts: list[torch.Tensor], sizes: list[list[int]], name: str) -> list[torch.Tensor]:  # type: ignore[override]
+    def all_to_all(self, parts: list[torch.Tensor], sizes: list[list[int]], name: str) -> list[torch.Tensor]:
         """parts[r], flat, goes to rank r; what each rank has for this one, in rank order."""
         if self.size == 1:
             return parts

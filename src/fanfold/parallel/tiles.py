@@ -1,15 +1,18 @@
-"""Which queries see which keys, as tiles of positions: what nobody sees is left out, and no mask of a whole sequence is made.
+"""Which queries see which keys, as tiles of positions: what nobody sees is left out, no mask of a whole sequence made.
 
 Shapes: B rows, Q queries and K keys of a tile, S positions of the whole sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 Pattern = Literal["full", "causal", "other"]
 MASK_ROWS = 1024  # queries, and keys on the diagonal, of a tile that needs a mask
@@ -102,6 +105,6 @@ def _placed(runs: list[range], ends: set[int], step: int | None) -> Iterator[tup
         if step is not None:
             cuts |= set(range(run.start + step, run.stop, step))
         bounds = [run.start, *sorted(cuts), run.stop]
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             yield slice(place + start - run.start, place + stop - run.start), range(start, stop)
         place += len(run)
