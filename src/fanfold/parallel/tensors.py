@@ -53,7 +53,7 @@ class TensorGroup(SharedGroup):
                 super().all_reduce(array_of(x), name)
         return x
 
-    def all_gather(self, x: torch.Tensor, name: str, sizes: list[int], dim: int = -1) -> torch.Tensor:
+    def all_gather(self, x: torch.Tensor, name: str, sizes: list[int], dim: int = -1) -> torch.Tensor:  # type: ignore[override]
         """All ranks' tensors side by side along `dim`, of which rank r has sizes[r]."""
         if self.size == 1:
             return x
