@@ -92,6 +92,17 @@ def exchanged(group):
         found = group.all_to_all(mine, sizes, "tokens")
         for source in range(group.size):
             same(found[source], drawn(source, group.rank, (sizes[source][group.rank],)))
+    for turn, step in enumerate((1, 5, CHUNK // 2 + 1)):
+        sizes = [[(2 * frm + to + turn) % 3 * step for to in range(group.size)] for frm in range(group.size)]
+        mine = [drawn(group.rank, 10 * turn + to, (count,)) for to, count in enumerate(sizes[group.rank])]
+        found = group.all_to_all(mine, sizes, "uneven")
+        for frm, given in enumerate(sizes):
+            same(found[frm], drawn(frm, 10 * turn + group.rank, (given[group.rank],)))
+    right, left = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    sizes = [[7 + frm if to == (frm + 1) % group.size else 0 for to in range(group.size)] for frm in range(group.size)]
+    mine = [drawn(group.rank, to, (count,)) for to, count in enumerate(sizes[group.rank])]
+    same(group.all_to_all(mine, sizes, "round")[left], drawn(left, group.rank, (7 + left,)))
+    assert mine[right].size == 7 + group.rank
     return "exchanged"
 
 
@@ -134,7 +145,7 @@ def hurried(group):
 
 
 def everything(group):
-    return [sums(group), gathers(group), messages(group), hurried(group)]
+    return [sums(group), gathers(group), exchanged(group), messages(group), hurried(group)]
 
 
 def steps(group, count=3):

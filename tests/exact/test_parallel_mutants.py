@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from fanfold.parallel import equal
-from fanfold.parallel.mesh import Split
+from fanfold.parallel.mesh import parse_split
 from fanfold.parallel.tiny import tiny_model
 from fanfold.tasks.parallel_model import start
 
@@ -20,11 +20,21 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("family", MODELS)
-def test_every_collective_is_needed(family, tmp_path):
+LAYOUTS = {
+    "bert": ("tensor=2", "context=2", "context=2:ulysses", "context=2:ring", "context=2:ring,tensor=2"),
+    "gpt2": ("tensor=2", "context=2:ring"),
+    "qwen3": ("tensor=2", "context=2", "context=2:ulysses", "context=3:ring"),
+    "olmo2": ("tensor=2",),
+}
+
+
+@pytest.mark.parametrize(("family", "layout"), [(name, layout) for name in LAYOUTS for layout in LAYOUTS[name]])
+def test_every_collective_is_needed(family, layout, tmp_path):
     config, cls = MODELS[family]
+    split = parse_split(layout)
     tiny_model(config, cls, 2).save_pretrained(tmp_path)
-    ranks = start(Split(tensor=2), timeout_s=60.0)
+    ranks = start(split, timeout_s=60.0)
+    allowed = equal.promise_of(family, "float64", context=split.context)
     try:
         values = {"folder": str(tmp_path), "dtype": "float64", "gradients": True}
         ranks.ask("compare", values)
@@ -35,7 +45,7 @@ def test_every_collective_is_needed(family, tmp_path):
             ranks.ask("compare", {**values, "skip": skipped})
             mutant = equal.worst_of(ranks.answers(120))
             errors = [mutant[key] for key in ("max_rel_logits", "max_rel_loss", "max_rel_grad")]
-            if all(error <= equal.promise_of(family, "float64") for error in errors):
+            if all(error <= allowed for error in errors):
                 survivors.append(mutant["skipped"])
     finally:
         ranks.close()

@@ -72,7 +72,8 @@ def equal(
     ranks = start(split, timeout_s=60.0)
     try:
         with scratch_folder() as folder:
-            save_tiny(config, folder / "tiny", split.tensor, split.pipeline, seed)
+            ways = split.tensor * (split.context if split.context_method == "ulysses" else 1)  # that share heads
+            save_tiny(config, folder / "tiny", ways, split.pipeline, seed)
             values = {"folder": str(folder / "tiny"), "dtype": "float64", "gradients": True}
             ranks.ask("compare", values)
             of_tiny = ranks.answers(ANSWER_S)
@@ -81,7 +82,7 @@ def equal(
     finally:
         ranks.close()
     tiny_worst, checkpoint_worst = check.worst_of(of_tiny), check.worst_of(of_checkpoint)
-    allowed = check.promise_of(config.model_type, "float64")
+    allowed = check.promise_of(config.model_type, "float64", context=split.context)
     allowed_checkpoint = check.promise_of(config.model_type, dtype)
     record = {
         "units": split.units,
@@ -94,7 +95,9 @@ def equal(
         "num_grads": tiny_worst["num_grads"],
         "collectives": tiny_worst["collectives"],
         "collective_bytes": tiny_worst["bytes"],
-        "level": "B" if split.tensor == 1 and tiny_worst["bitwise"] and checkpoint_worst["bitwise"] else "T",
+        "level": "B"
+        if split.units == split.pipeline and tiny_worst["bitwise"] and checkpoint_worst["bitwise"]
+        else "T",
         "layout": str(split),
         "promise": allowed,
         "checkpoint": {

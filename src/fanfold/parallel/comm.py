@@ -25,17 +25,41 @@ class Transport(Protocol):
 
     def all_gather(self, x: torch.Tensor, name: str, sizes: list[int], dim: int = -1) -> torch.Tensor: ...
 
+    def all_to_all(self, parts: list[torch.Tensor], sizes: list[list[int]], name: str) -> list[torch.Tensor]: ...
 
-class Comm:
-    """The ranks that share layers, with a count of what travels: calls and bytes by kind."""
 
-    def __init__(self, transport: Transport) -> None:
-        self.transport = transport
-        self.rank, self.size = transport.rank, transport.size
+class Ledger:
+    """What a rank's collectives were: calls and bytes by kind; all its groups may share one."""
+
+    def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
         self.skip: int | None = None  # the number of the call that does nothing: for tests of tests
         self.skipped = ""
-        self.bytes: Counter[str] = Counter()
+
+    def begin(self, skip: int | None = None) -> None:
+        """Count from nothing; call number `skip` does nothing."""
+        self.calls.clear()
+        self.bytes.clear()
+        self.skip, self.skipped = skip, ""
+
+    def skips(self, kind: str, num_bytes: int, name: str) -> bool:
+        """Count a call; whether it is the one to skip."""
+        number = self.calls.total()
+        self.calls[kind] += 1
+        self.bytes[kind] += num_bytes
+        if number == self.skip:
+            self.skipped = f"{kind} {name}"
+        return number == self.skip
+
+
+class Comm:
+    """The ranks that share layers, or positions, with a count of what travels."""
+
+    def __init__(self, transport: Transport, ledger: Ledger | None = None) -> None:
+        self.transport = transport
+        self.rank, self.size = transport.rank, transport.size
+        self.ledger = ledger or Ledger()
         self._copied: tuple[torch.Tensor, int, bool, torch.Tensor] | None = None
 
     def copy(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -74,17 +98,31 @@ class Comm:
 
     def sum(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """In place."""
-        if self._count("all_reduce", x.numel() * x.element_size(), name):
+        if self.ledger.skips("all_reduce", x.numel() * x.element_size(), name):
             return x
         return self.transport.all_reduce(x, name)
 
-    def side_by_side(self, x: torch.Tensor, name: str, sizes: list[int]) -> torch.Tensor:
-        """All ranks' shares along the last dimension."""
-        if self._count("all_gather", x.numel() // max(1, x.shape[-1]) * sum(sizes) * x.element_size(), name):
-            return torch.cat(
-                [x.new_zeros((*x.shape[:-1], size)) if rank != self.rank else x for rank, size in enumerate(sizes)], -1
-            )
-        return self.transport.all_gather(x, name, sizes)
+    def side_by_side(self, x: torch.Tensor, name: str, sizes: list[int], dim: int = -1) -> torch.Tensor:
+        """All ranks' shares along a dimension."""
+        num_bytes = x.numel() // max(1, x.shape[dim]) * sum(sizes) * x.element_size()
+        if self.ledger.skips("all_gather", num_bytes, name):
+            shape = list(x.shape)
+            parts = []
+            for rank, size in enumerate(sizes):
+                shape[dim] = size
+                parts.append(x if rank == self.rank else x.new_zeros(shape))
+            return torch.cat(parts, dim)
+        return self.transport.all_gather(x, name, sizes, dim)
+
+    def exchange(
+        self, parts: list[torch.Tensor], sizes: list[list[int]], name: str, kind: str = "all_to_all"
+    ) -> list[torch.Tensor]:
+        """parts[r], flat, goes to rank r; what each rank has for this one. Rank r gives sizes[r][s] numbers to s."""
+        sent = sum(part.numel() for rank, part in enumerate(parts) if rank != self.rank)
+        if self.ledger.skips(kind, sent * parts[0].element_size(), name):
+            own = parts[self.rank]
+            return [own if rank == self.rank else own.new_zeros(sizes[rank][self.rank]) for rank in range(len(parts))]
+        return self.transport.all_to_all(parts, sizes, name)
 
     def sum_gradient(self, parameter: torch.nn.Parameter, name: str, rows: tuple[list[int], int] | None = None) -> None:
         """From now on the parameter's gradient is the sum over ranks. `rows`: which of how many it holds of a whole."""
@@ -108,15 +146,6 @@ class Comm:
     def forget(self) -> None:
         """Nothing of a forward is held."""
         self._copied = None
-
-    def _count(self, kind: str, num_bytes: int, name: str) -> bool:
-        """Whether this call is the one to skip."""
-        number = self.calls.total()
-        self.calls[kind] += 1
-        self.bytes[kind] += num_bytes
-        if number == self.skip:
-            self.skipped = f"{kind} {name}"
-        return number == self.skip
 
 
 class _Copy(torch.autograd.Function):  # type: ignore[misc]

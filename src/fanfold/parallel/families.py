@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import PlanError
 from fanfold.parallel.rules import Family, Kind, What, heads_of
+from fanfold.parallel.sequence_families import check_context
 
 if TYPE_CHECKING:
     from fanfold.parallel.mesh import Split
@@ -178,14 +179,15 @@ def check_split(config: Any, split: Split) -> None:
             allowed=f"pipeline=1 to pipeline={config.num_hidden_layers}: a stage holds a layer at the least",
             do=f"use pipeline={config.num_hidden_layers}",
         )
-    for axis in ("context", "expert"):
-        if getattr(split, axis) > 1:
-            raise PlanError(
-                f"--layout {split}",
-                found=f"a {config.model_type}, which is not cut by {axis} yet",
-                allowed="tensor=N, pipeline=N",
-                do=f"leave {axis} away",
-            )
+    if split.expert > 1:
+        raise PlanError(
+            f"--layout {split}",
+            found=f"a {config.model_type}, which is not cut by expert yet",
+            allowed="tensor=N, pipeline=N, context=N",
+            do="leave expert away",
+        )
+    if split.context > 1:
+        check_context(config, split)
     if split.tensor > 1:
         family_of(config)
         for rank in range(split.tensor):

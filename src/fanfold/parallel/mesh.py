@@ -114,3 +114,25 @@ def shares(count: int, ways: int) -> list[range]:
     least, more = divmod(count, ways)
     ends = [least * (i + 1) + min(i + 1, more) for i in range(ways)]
     return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def head_shares(num_heads: int, num_kv: int, ways: int) -> list[tuple[range, range]]:
+    """Query heads and their key-value heads for each unit; where there are too few of these, units share one.
+
+    Raises PlanError where a unit would have no head.
+    """
+    group = num_heads // num_kv
+    if ways <= num_kv:
+        return [(range(kv.start * group, kv.stop * group), kv) for kv in shares(num_kv, ways)]
+    found = []
+    for head, units in enumerate(shares(ways, num_kv)):
+        for mine in shares(group, len(units)):
+            found.append((range(head * group + mine.start, head * group + mine.stop), range(head, head + 1)))
+    if any(not heads for heads, _ in found):
+        raise PlanError(
+            f"context={ways}:ulysses",
+            found=f"{num_heads} attention heads and {num_kv} key-value heads for {ways} units",
+            allowed="a query head for each unit at the least, and units of one key-value head share its queries",
+            do=f"use context={ways}:ring or context={ways}:allgather, which leave heads whole",
+        )
+    return found

@@ -36,6 +36,7 @@ class Ranks:
         groups = Groups(self.path, rank, split, max(LOAD_S, self.timeout_s))
         world = groups.world
         comm = Comm(groups.along("tensor"))
+        context = Comm(groups.along("context"), comm.ledger)
         between = world if split.pipeline > 1 else None
         lead = (split.pipeline - 1) * split.width
         model: Any = None
@@ -52,6 +53,7 @@ class Ranks:
                         split=split,
                         world=between,
                         base=values["base"],
+                        context=context,
                     )
                     model = share.model
                     world.barrier("load")
@@ -61,10 +63,11 @@ class Ranks:
                     from fanfold.parallel.equal import compare
 
                     dtype = getattr(torch, values.pop("dtype"))
-                    record = compare(values.pop("folder"), comm, dtype, split=split, world=between, **values)
+                    folder = values.pop("folder")
+                    record = compare(folder, comm, dtype, split=split, world=between, context=context, **values)
                     channel.send({**record, "pid": os.getpid()})
                 elif verb == "call":
-                    answer = _call(share.stage.forward, values)
+                    answer = _call(share.forward, values)
                     comm.forget()
                     if rank == lead:
                         channel.send(answer)

@@ -114,6 +114,32 @@ class SharedGroup:
         self._end_call()
         return whole
 
+    def all_to_all(self, arrays: list[Array], sizes: list[list[int]], name: str) -> list[Array]:
+        """arrays[r], flat, goes to rank r; what each rank has for this one, in rank order.
+
+        All of one dtype; rank r gives sizes[r][s] numbers to rank s. What stays here is not copied.
+        """
+        mine = [np.empty(0, arrays[0].dtype) if rank == self.rank else a for rank, a in enumerate(arrays)]
+        flat = self._flat(np.concatenate(mine))
+        head = self._begin("all_to_all", name, flat)
+        got = [
+            arrays[rank] if rank == self.rank else np.empty(given[self.rank], flat.dtype)
+            for rank, given in enumerate(sizes)
+        ]
+        starts = [sum(n for to, n in enumerate(given[: self.rank]) if to != rank) for rank, given in enumerate(sizes)]
+        longest = max(sum(given) - given[rank] for rank, given in enumerate(sizes))
+        step = SLOT_BYTES // flat.itemsize
+        for begun in range(0, longest or 1, step):
+            self._fill(head, begun == 0, flat[begun : begun + step])
+            for rank in self._others:
+                first = max(begun, starts[rank])
+                last = min(begun + step, starts[rank] + got[rank].size)
+                if first < last:
+                    seen = self._view(self._slots[self._round % 2][rank], flat.dtype, last - begun)
+                    got[rank][first - starts[rank] : last - starts[rank]] = seen[first - begun :]
+        self._end_call()
+        return got
+
     def barrier(self, name: str) -> None:
         """Returns when every rank has come here."""
         self._fill(self._begin("barrier", name, _NOTHING), True, _NOTHING)

@@ -33,7 +33,7 @@ class Head:
     def goes_with(self, other: Head) -> bool:
         """Whether two ranks that call these are in the same call."""
         same = (self.kind, self.name, self.dtype, self.peer) == (other.kind, other.name, other.dtype, other.peer)
-        if self.kind == "all_gather":
+        if self.kind in ("all_gather", "all_to_all"):
             return same and len(self.shape) == len(other.shape) > 0 and self.shape[1:] == other.shape[1:]
         return same and self.shape == other.shape
 

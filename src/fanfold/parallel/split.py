@@ -17,6 +17,7 @@ from fanfold.parallel.layers import Column, Embedding, Head, HeadNorm, Row
 from fanfold.parallel.mesh import shares
 from fanfold.parallel.pipeline import Stage
 from fanfold.parallel.rules import heads_of, index_of
+from fanfold.parallel.sequence import Sequence
 from fanfold.parallel.weights import Cut, fill, open_files
 
 if TYPE_CHECKING:
@@ -39,6 +40,13 @@ class Share:
     cuts: dict[str, Cut] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the whole tensors
     same: dict[str, list[str]] = field(default_factory=dict)  # name -> all names of a tied tensor
+    sequence: Sequence | None = None  # where positions are cut
+
+    def forward(self, **inputs: Any) -> Any:
+        """The whole model's output on the last stage, None on the others."""
+        if self.sequence is None:
+            return self.stage.forward(**inputs)
+        return self.sequence.forward(self.stage.forward, **inputs)
 
 
 def architecture(config: Any, *, base: bool = False) -> Any:
@@ -81,19 +89,28 @@ def load_share(
     split: Split | None = None,
     world: SharedGroup | None = None,
     base: bool = False,
+    context: Comm | None = None,
 ) -> Share:
     """The rank's share of the checkpoint; nothing else of it is read or held.
 
-    `world`: all ranks, where there are pipeline stages. `base`: the model without its head.
+    `comm`: the ranks that share layers. `world`: all ranks, where there are pipeline stages. `context`: the ranks that
+    share a sequence, where it is cut. `base`: the model without its head.
     """
     config = config_of(folder)
-    share = cut_model(empty_model(config, architecture(config, base=base), dtype), comm)
+    model = empty_model(config, architecture(config, base=base), dtype)
+    sequence = None
+    if split is not None and context is not None and context.size > 1:
+        sequence = Sequence(model, context, split.context_method)
+    share = cut_model(model, comm)
+    share.sequence = sequence
     stages, width = (split.pipeline, split.width) if split else (1, comm.size)
     rank = 0 if world is None else world.rank
     share.stage = Stage(share.model, rank // width, stages, world, width)
     share.stage.cut()
     fill(share, open_files(Path(folder), str(folder)), dtype, str(folder))
     register_gradients(share, comm)
+    if sequence is not None:
+        sequence.sum_gradients()
     return share
 
 

@@ -36,6 +36,9 @@ class Alone:
     def all_gather(self, x: torch.Tensor, name: str, sizes: list[int], dim: int = -1) -> torch.Tensor:
         return x
 
+    def all_to_all(self, parts: list[torch.Tensor], sizes: list[list[int]], name: str) -> list[torch.Tensor]:
+        return parts
+
 
 class TensorGroup(SharedGroup):
     """The collectives of a SharedGroup for CPU tensors. Sums of bfloat16 are taken in float32 and rounded once."""
@@ -58,3 +61,10 @@ class TensorGroup(SharedGroup):
         parts = super().all_gather(first, name)
         whole = torch.from_numpy(np.concatenate(parts)).transpose(0, dim)
         return (whole.view(x.dtype) if x.dtype == torch.bfloat16 else whole).contiguous()
+
+    def all_to_all(self, parts: list[torch.Tensor], sizes: list[list[int]], name: str) -> list[torch.Tensor]:
+        """parts[r], flat, goes to rank r; what each rank has for this one, in rank order."""
+        if self.size == 1:
+            return parts
+        got = super().all_to_all([array_of(part) for part in parts], sizes, name)
+        return [tensor_of(array).view(part.dtype) for array, part in zip(got, parts, strict=True)]

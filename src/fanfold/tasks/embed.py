@@ -468,7 +468,7 @@ class EmbedOnUnit:
             self.load()
         assert self._forward is not None
         least = 1 if self._library is None else compiled.LEAST
-        shape = (max(len(ids), least), max(length, least))
+        shape = (max(len(ids), least), max(length, least, self.task.split.context))
         ids_BL = np.full(shape, self._tokenizer.pad_token_id, dtype=np.int64)
         mask_BL = np.zeros(shape, dtype=np.int64)
         mask_BL[len(ids) :, 0] = 1  # rows that fill the batch up

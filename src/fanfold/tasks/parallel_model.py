@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fanfold.engine.group import Group
 from fanfold.engine.supervisor import Supervisor
+from fanfold.errors import PlanError
 from fanfold.plan.plan import Unit
 
 if TYPE_CHECKING:
@@ -43,6 +44,14 @@ class ParallelModel:
             raise
 
     def __call__(self, **inputs: Any) -> Any:
+        ids = inputs.get("input_ids")
+        if ids is not None and ids.shape[-1] < self.split.context:  # before the ranks fail over it
+            raise PlanError(
+                f"a sequence of {ids.shape[-1]} token(s) with --layout {self.split}",
+                found=f"{ids.shape[-1]} token(s) for {self.split.context} units",
+                allowed=f"at least {self.split.context} tokens: a unit has one at the least",
+                do="pad the batch, or use a smaller context",
+            )
         self._ranks.ask("call", inputs)
         return self._ranks.answer(ANSWER_S)
 

@@ -1,0 +1,277 @@
+"""A model whose input sequence is cut over units: by its own forward, on this unit's positions.
+
+Attention and masks are registered with transformers under one name. A model asks for a mask and gets a `Mask`, which
+it hands to attention, which finds there how the sequence is cut. What works on tokens one by one sees own positions
+only; what needs the sequence (a pooler, a classifier, the caller) gets the hidden states of all, put side by side.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from fanfold.errors import InternalError, PlanError
+from fanfold.parallel.context import METHODS
+from fanfold.parallel.positions import Positions, cut_positions
+from fanfold.parallel.sequence_families import sees_all
+from fanfold.parallel.tiles import Mask, Pattern
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fanfold.parallel.comm import Comm
+    from fanfold.parallel.mesh import ContextMethod
+
+ATTENTION = "fanfold_context"
+_LM = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
+_SHIFTED = ("ForCausalLM", "LMHeadModel")
+_FLOAT_LOSS = ("modernbert",)
+_CUT = ("input_ids", "token_type_ids", "position_ids")
+_WHOLE = ("attention_mask", "labels", "use_cache", "return_dict")
+_OWN_KEYWORDS = ("softcap", "s_aux", "position_bias", "head_mask", "indices")
+_RUN: ContextVar[Run | None] = ContextVar("the cut of the forward that is running", default=None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One forward: how its sequence is cut."""
+
+    sequence: Sequence
+    cut: Positions
+
+
+class Sequence:
+    """This unit's part in a model over `comm.size` units that cut the sequence. The model is changed in place."""
+
+    def __init__(self, model: Any, comm: Comm, method: ContextMethod) -> None:
+        self.model, self.comm, self.method = model, comm, method
+        self._base = model.base_model
+        self._names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+        self._lm = type(model).__name__.endswith(_LM)
+        self._balanced = not sees_all(model.config)
+        self._gathered: tuple[torch.Tensor, torch.Tensor] | None = None
+        _register()
+        model.set_attn_implementation(ATTENTION)
+        self._pooler = getattr(self._base, "pooler", None)
+        if self._pooler is not None:
+            self._pooler.register_forward_pre_hook(self._whole_for_pooler)
+        if not self._lm and self._base is not model:
+            inner = self._base.forward
+            self._base.forward = lambda *args, **inputs: self._forward(inner, _named(inner, args, inputs))
+
+    def name_of(self, module: Any) -> str:
+        return self._names.get(id(module), "attention")
+
+    def sum_gradients(self) -> None:
+        """From now on: gradients of what worked on own positions only are summed over units."""
+        if self.comm.size == 1:
+            return
+        whole = {id(p) for p in self._pooler.parameters()} if self._pooler is not None else set()
+        scope = self.model if self._lm else self._base
+        for name, parameter in scope.named_parameters():
+            if id(parameter) not in whole:
+                self.comm.sum_gradient(parameter, name)
+
+    def forward(self, call: Callable[..., Any], **inputs: Any) -> Any:
+        """The whole model's output on every unit: inputs [B, S] of all positions in, outputs of all positions back."""
+        if not self._lm and self._base is not self.model:
+            return call(**inputs)  # its base model cuts
+        return self._forward(call, inputs)
+
+    def _forward(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        labels = inputs.pop("labels", None)
+        ids = inputs.get("input_ids")
+        unknown = [name for name in inputs if name not in (*_CUT, *_WHOLE) and inputs[name] is not False]
+        if ids is None or unknown:
+            raise PlanError(
+                f"a {type(self.model).__name__} with context={self.comm.size}",
+                found=f"inputs {', '.join(sorted(inputs))}",
+                allowed=", ".join((*_CUT, *_WHOLE)),
+                do="leave the others away, or use --layout tensor",
+            )
+        cut = cut_positions(ids.shape[1], self.comm.size, balanced=self._balanced)
+        mask = inputs.pop("attention_mask", None)
+        mask = torch.ones_like(ids) if mask is None else mask
+        if mask.dim() != 2:
+            raise PlanError(
+                f"an attention mask of {mask.dim()} axes with context={self.comm.size}",
+                found=f"shape {tuple(mask.shape)}",
+                allowed="[rows, positions], 1 for tokens and 0 for padding",
+                do="use --layout tensor for masks of your own",
+            )
+        whole = {**inputs, "position_ids": self._positions(inputs, ids, mask)}
+        mine = cut.of_rank[self.comm.rank]
+        own = {name: value[:, mine] if name in _CUT else value for name, value in whole.items()}
+        if own["position_ids"] is None or not _takes(self._base, "position_ids"):
+            raise PlanError(
+                f"a {type(self.model).__name__} with context={self.comm.size}",
+                found="its positions cannot be given",
+                allowed="models that take position_ids",
+                do="use --layout tensor",
+            )
+        if _takes(self._base, "use_cache"):
+            own["use_cache"] = False
+        token = _RUN.set(Run(self, cut))
+        try:
+            out = call(**{**own, "attention_mask": mask})
+        finally:
+            _RUN.reset(token)
+        return None if out is None else self._whole(out, cut, labels)
+
+    def _positions(self, inputs: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """As the whole model would number its tokens, [B, S]."""
+        given: torch.Tensor | None = inputs.get("position_ids")
+        if given is not None:
+            if bool((given.diff(dim=-1) < 0).any()):
+                raise PlanError(
+                    f"position_ids with context={self.comm.size}",
+                    found="several sequences in one row",
+                    allowed="positions that do not go down",
+                    do="give every sequence a row of its own",
+                )
+            return given.expand(ids.shape[0], -1)
+        pad = getattr(getattr(self._base, "embeddings", None), "padding_idx", None)
+        if hasattr(getattr(self._base, "embeddings", None), "create_position_ids_from_input_ids"):
+            real = ids.ne(pad).int()
+            return (torch.cumsum(real, 1) * real).long() + pad
+        if self.model.config.model_type == "opt":
+            return (torch.cumsum(mask, 1) * mask - 1).long()
+        return torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
+
+    # -- outputs --------------------------------------------------------------------------------------
+
+    def _whole(self, out: Any, cut: Positions, labels: torch.Tensor | None) -> Any:
+        """The output with all positions, and the loss over all of them."""
+        found = {name: value for name, value in out.items() if name in ("logits", "last_hidden_state", "pooler_output")}
+        if labels is not None:
+            found["loss"] = self._loss(found["logits"], labels, cut)
+        for name in ("logits", "last_hidden_state"):
+            if name in found:
+                found[name] = self.side_by_side(found[name], cut, name)
+        self._gathered = None
+        return type(out)(**found)
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, cut: Positions) -> torch.Tensor:
+        """The mean over all tokens that have a label. Labels [B, S] are shifted before they are cut."""
+        if type(self.model).__name__.endswith(_SHIFTED):
+            labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        if type(self.model).__name__.endswith(_SHIFTED) or self.model.config.model_type in _FLOAT_LOSS:
+            logits = logits.float()  # as the model's own loss does
+        mine = labels[:, cut.of_rank[self.comm.rank]].clamp(min=0)
+        chosen = F.log_softmax(logits, -1).gather(-1, mine[..., None])[..., 0]
+        every = self.side_by_side(chosen, cut, "loss")
+        target = torch.where(labels == -100, -100, 0)
+        return F.nll_loss(every.reshape(-1, 1), target.reshape(-1))
+
+    def side_by_side(self, x: torch.Tensor, cut: Positions, name: str) -> torch.Tensor:
+        """[B, s, ...] -> [B, S, ...]; the same tensor is gathered once."""
+        if self._gathered is not None and self._gathered[0] is x:
+            return self._gathered[1]
+        whole: torch.Tensor = _Positions.apply(x, self.comm, cut, name)
+        self._gathered = (x, whole)
+        return whole
+
+    def _whole_for_pooler(self, module: Any, args: Any) -> Any:
+        run = _RUN.get()
+        if run is None:
+            return None
+        return (self.side_by_side(args[0], run.cut, "last_hidden_state"), *args[1:])
+
+
+class _Positions(torch.autograd.Function):  # type: ignore[misc]
+    """Own positions -> all; what comes after is the same on every unit, so each takes its own share of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, comm: Comm, cut: Positions, name: str) -> torch.Tensor:
+        ctx.mine = cut.of_rank[comm.rank]
+        whole = comm.side_by_side(x.transpose(0, 1).contiguous(), name, cut.sizes, 0)
+        if cut.back is not None:
+            whole = whole[cut.back]
+        return whole.transpose(0, 1).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return grad[:, ctx.mine], None, None, None
+
+
+# -- what transformers calls ----------------------------------------------------------------------------------
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, make_mask)
+
+
+def make_mask(*, mask_function: Any, attention_mask: torch.Tensor | None = None, **settings: Any) -> Mask:
+    """In place of a mask tensor. `mask_function` is of positions in the whole sequence."""
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    run = _RUN.get()
+    if run is None:
+        raise InternalError(
+            "a mask for a cut sequence",
+            found="a forward that nobody has cut",
+            allowed="calls of the group",
+            do="report it",
+        )
+    pattern: Pattern = "other"
+    if mask_function is causal_mask_function:
+        pattern = "causal"
+    elif mask_function is bidirectional_mask_function:
+        pattern = "full"
+    if pattern == "other" and run.sequence.method == "ring":
+        raise PlanError(
+            f"context={run.sequence.comm.size}:ring",
+            found="a mask of the model's own (windows, blocks)",
+            allowed="tokens that see all, or all before them, with padding",
+            do=f"use context={run.sequence.comm.size}:allgather",
+        )
+    seen = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    return Mask(run, pattern, mask_function, seen)
+
+
+def attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """[B, N, s, H] -> [B, s, N, H], over the keys of all units. Raises PlanError for what cannot be cut."""
+    own = [name for name in _OWN_KEYWORDS if settings.get(name) is not None]
+    if not isinstance(attention_mask, Mask) or own or dropout:
+        found = f"attention with {', '.join(own)}" if own else "dropout in attention" if dropout else "no mask"
+        raise PlanError(
+            f"{type(module).__name__} over a cut sequence",
+            found=found,
+            allowed="softmax attention with masks, without dropout",
+            do="use --layout tensor",
+        )
+    run = attention_mask.run
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sequence = run.sequence
+    out = METHODS[sequence.method](
+        sequence.comm, run.cut, query, key, value, attention_mask, scale, sequence.name_of(module)
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _takes(model: Any, name: str) -> bool:
+    return name in inspect.signature(type(model).forward).parameters
+
+
+def _named(function: Any, args: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Positional inputs by name."""
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **inputs}
