@@ -28,6 +28,7 @@ from fanfold.plan.plan import Cluster, Executor, Unit
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
+    from typing import NoReturn
 
     from fanfold.engine.engine import Agenda, GroupHandle, Program, Work
 
@@ -47,12 +48,18 @@ class Spark:
         *,
         imports: tuple[str, ...] = (),
         threads: int = 1,
+        processes: int = 1,
         conf: Mapping[str, str] | None = None,
     ) -> None:
-        """Connected, with at least one slot. Raises MissingExtra, PlanError: what is missing, what was tried."""
+        """Connected, with at least one slot: a core for every thread of every process of a unit.
+
+        `processes`: how many a unit starts on its executor, to split one model over them. Raises MissingExtra,
+        PlanError: what is missing, what was tried.
+        """
         self.master = master
         self.imports = imports
-        self.threads = threads
+        self.threads, self.processes = threads, processes
+        self.cores = threads * processes  # of a slot
         self._stack = ExitStack()
         self._orders = post.Orders(job="", imports=imports, threads=threads)
         self._members: tuple[post.Member, ...] = ()
@@ -66,9 +73,12 @@ class Spark:
             if extras.has("pyspark.testing.utils"):  # its conversion of values to Java imports this, sooner or later
                 importlib.import_module("pyspark.testing.utils")
         check_java(master)
+        self._check_local(master)
         reach(master)
         try:
-            self._java = JavaSide(master, imports=imports, threads=threads, conf=dict(conf or {}), stack=self._stack)
+            self._java = JavaSide(
+                master, imports=imports, threads=threads, cores=self.cores, conf=dict(conf or {}), stack=self._stack
+            )
             self._context = self._java.context
             self.cluster = self._wait_for_executors()
         except BaseException:
@@ -138,15 +148,30 @@ class Spark:
                     do="look at the master's page: are there workers, with free cores and memory?",
                 )
             time.sleep(0.05)
-        slots = sum(executor.cores // self.threads for executor in found)
+        slots = sum(executor.cores // self.cores for executor in found)
         if not slots:
-            raise PlanError(
-                f"--on {self.master}",
-                found=f"{len(found)} executor(s) of {max(executor.cores for executor in found)} core(s)",
-                allowed=f"executors of at least {self.threads} core(s): so many threads compute one unit's batch",
-                do="give the executors more cores (spark.executor.cores)",
-            )
+            self._too_small(self.master, len(found), max(executor.cores for executor in found))
         return Cluster(master=self.master, slots=slots, executors=tuple(found), unsafe=self._unsafe())
+
+    def _check_local(self, master: str) -> None:
+        """Spark on this machine names its executors' cores; its own words on too few come late."""
+        found = re.fullmatch(r"local-cluster\[\s*(\d+)\s*,\s*(\d+)\s*,.*\]|local\[(\d+)(?:,.*)?\]|local", master)
+        if found is not None:
+            count, cores = (int(found[1]), int(found[2])) if found[1] else (1, int(found[3] or 1))
+            if cores < self.cores:
+                self._too_small(master, count, cores)
+
+    def _too_small(self, master: str, count: int, cores: int) -> NoReturn:
+        why = "so many threads compute one unit's batch"
+        if self.processes > 1:
+            why = f"the {self.processes} processes that share one model run on one executor"
+        raise PlanError(
+            f"--on {master}",
+            found=f"{count} executor(s) of {cores} core(s)",
+            allowed=f"executors of at least {self.cores} core(s): {why}",
+            do="give the executors more cores (spark.executor.cores)"
+            + (", or split the model over fewer processes" if self.processes > 1 else ""),
+        )
 
     def _unsafe(self) -> str:
         if is_local(self.master) or self._context.getConf().get("spark.authenticate", "false") == "true":

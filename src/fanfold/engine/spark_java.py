@@ -34,7 +34,14 @@ class JavaSide:
     """A Java process of our own with a SparkContext in it; everything it needs is undone when `stack` closes."""
 
     def __init__(
-        self, master: str, *, imports: tuple[str, ...], threads: int, conf: dict[str, str], stack: ExitStack
+        self,
+        master: str,
+        *,
+        imports: tuple[str, ...],
+        threads: int,
+        cores: int,
+        conf: dict[str, str],
+        stack: ExitStack,
     ) -> None:
         from pyspark import SparkContext
 
@@ -50,7 +57,7 @@ class JavaSide:
         self._java_since_s = 0.0  # until it runs
         folder = stack.enter_context(scratch_folder())
         self._log = folder / "java.log"
-        settings = {**settings_for(master, imports=imports, threads=threads, folder=folder), **conf}
+        settings = {**settings_for(master, imports=imports, threads=threads, cores=cores, folder=folder), **conf}
         stack.callback(self.stop)
         done = threading.Event()
         errors: list[BaseException] = []
@@ -136,7 +143,7 @@ class JavaSide:
             self._gateway.proc.kill()
 
 
-def settings_for(master: str, *, imports: tuple[str, ...], threads: int, folder: Path) -> dict[str, str]:
+def settings_for(master: str, *, imports: tuple[str, ...], threads: int, cores: int, folder: Path) -> dict[str, str]:
     """Spark's configuration for a context of ours. Executors' Python gets the environment of a local worker."""
     variables = child_environment(threads, {"PYTHONPATH": os.environ.get("PYTHONPATH", "")})
     variables["FANFOLD_IMPORTS"] = ",".join(imports)
@@ -146,7 +153,7 @@ def settings_for(master: str, *, imports: tuple[str, ...], threads: int, folder:
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         "spark.log.level": "WARN",
-        "spark.task.cpus": str(threads),
+        "spark.task.cpus": str(cores),
         "spark.dynamicAllocation.enabled": "false",  # a plan counts the slots that there are
         "spark.python.worker.reuse": "true",
         "spark.python.use.daemon": "true",

@@ -44,14 +44,14 @@ def engine_for(kind: str, *, imports: tuple[str, ...], threads: int) -> Inline |
     return _local(imports, threads)
 
 
-def spark_for(master: str, *, imports: tuple[str, ...], threads: int) -> Spark:
-    """The cluster, connected; the same as before where master, imports and threads allow it."""
+def spark_for(master: str, *, imports: tuple[str, ...], threads: int, processes: int = 1) -> Spark:
+    """The cluster, connected; the same as before where master, imports, threads and processes allow it."""
     global _spark, _used_s
     _refuse_in_worker()
     with _lock:
         _used_s = time.monotonic()
         if _spark is not None and (
-            (_spark.master, _spark.threads) != (master, threads)
+            (_spark.master, _spark.threads, _spark.processes) != (master, threads, processes)
             or not set(imports) <= set(_spark.imports)
             or not _spark.is_alive
         ):
@@ -59,7 +59,7 @@ def spark_for(master: str, *, imports: tuple[str, ...], threads: int) -> Spark:
         if _spark is None:
             from fanfold.engine.spark import Spark
 
-            _spark = Spark(master, imports=imports, threads=threads)
+            _spark = Spark(master, imports=imports, threads=threads, processes=processes)
         if _timer is None:
             _start_timer(IDLE_S)
         return _spark

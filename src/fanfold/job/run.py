@@ -114,11 +114,11 @@ def _run_job(
     _check_place(output, where.kind)
     machine = discover()
     numerics = _numerics(task, where.kind)
-    if numerics.layout != "whole" and (where.kind in ("cuda", "spark") or request.compile != "off"):
+    if numerics.layout != "whole" and (where.kind == "cuda" or request.compile != "off"):
         raise PlanError(
             f"--layout {numerics.layout} with --on {request.on}, --compile {request.compile}",
-            found="one model over several units runs on the cores of this machine, as it is",
-            allowed="--on cpu, cpu:N or inline, without --compile",
+            found="one model over several units runs on cores, as it is",
+            allowed="--on cpu, cpu:N, inline or a Spark master, without --compile",
             do="leave one of them away",
         )
     thread_reasons: list[str] = []
@@ -304,7 +304,8 @@ def _run_engine(work: JobWork, plan: Plan, agenda: JobAgenda, request: Request) 
     memory_bytes = plan.unit_memory_bytes + work.task.weights_bytes
     with engines.hold():
         if plan.engine == "spark":
-            spark = engines.spark_for(parse_where(request.on).master, imports=work.imports, threads=work.threads)
+            master, processes = parse_where(request.on).master, work.numerics.processes
+            spark = engines.spark_for(master, imports=work.imports, threads=work.threads, processes=processes)
             spark.limit(memory_bytes=memory_bytes, timeout_batch_s=request.timeout_batch_s)
             spark.resize(plan.units)
             spark.carry_out(work, agenda)
@@ -324,7 +325,8 @@ def _cluster(
     """The Spark cluster, checked by a roll call before anything is written, and the smallest of its machines."""
     say(f"spark:   connecting to {where.master}")
     with engines.hold():
-        spark = engines.spark_for(where.master, imports=unit_imports(task), threads=numerics.threads_per_unit)
+        threads, processes = numerics.threads_per_unit, numerics.processes
+        spark = engines.spark_for(where.master, imports=unit_imports(task), threads=threads, processes=processes)
         made = _made_folders(folder) if folder is not None else []
         named = [task.reference] if isinstance(task.reference, str) else task.reference
         needs = tuple(filter(os.path.isabs, named))

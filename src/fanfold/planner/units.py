@@ -192,7 +192,8 @@ def _choose_cuda(where: Where, machine: Machine, job: Job, numerics: Numerics) -
 
 def _choose_spark(cluster: Cluster, machine: Machine, job: Job, numerics: Numerics) -> Plan:
     executors, slots = len(cluster.executors), cluster.slots
-    reasons = [f"{executors} executor(s) with {slots} slot(s) of {numerics.threads_per_unit} core(s)"]
+    cores = numerics.threads_per_unit * numerics.processes
+    reasons = [f"{executors} executor(s) with {slots} slot(s) of {cores} core(s)"]
     warnings = []
     if cluster.unsafe:
         warnings.append(cluster.unsafe)
@@ -203,8 +204,9 @@ def _choose_spark(cluster: Cluster, machine: Machine, job: Job, numerics: Numeri
         reasons.append(f"the input holds about {max(1, pieces)} piece(s) of work: more units would only load the model")
     by_host: dict[str, int] = {}
     for executor in cluster.executors:
-        by_host[executor.host] = by_host.get(executor.host, 0) + executor.cores // numerics.threads_per_unit
-    reasons.append(f"data={count}: each slot holds the whole model and computes its own pieces")
+        by_host[executor.host] = by_host.get(executor.host, 0) + executor.cores // cores
+    whole = "each slot holds the whole model and computes its own pieces"
+    reasons.append(f"data={count}: {whole if numerics.layout == 'whole' else _held(numerics)}")
     units = tuple(Unit(name=f"spark:{index}") for index in range(count))
     return _plan("spark", units, numerics, _share(machine, job, max(by_host.values(), default=1)), reasons, warnings)
 
