@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _DRAWN = 100_003
 _drawn: torch.Tensor | None = None
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "silu": functional.silu,
