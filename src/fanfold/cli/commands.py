@@ -161,18 +161,18 @@ def peek(
 def machine(
     *,
     on: str | None = None,
-    probe: bool = True,
+    probe: bool | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
     verbose: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Say what this machine has, what this process may use of it, and how fast it is (2 seconds).
+    """Say what this machine has, what this process may use of it, and how fast it is (measured once, in 10 seconds).
 
     Parameters
     ----------
     on
         A Spark master instead of this machine: its executors, their cores, memory and versions.
     probe
-        Measure the rate of matrix products and the memory bandwidth.
+        Measure anew: products by shape, memory bandwidth, links between processes; --no-probe measures nothing.
     json_
         Print it as JSON on stdout.
     verbose
@@ -184,6 +184,6 @@ def machine(
         cluster = cluster_record(on)
         print(json.dumps(cluster, indent=2) if json_ else cluster_text(cluster))
         return 0
-    record = machine_record(measure=probe)
+    record = machine_record(measure=probe is not False, anew=probe is True)
     print(json.dumps(record, indent=2) if json_ else machine_text(record))
     return 0

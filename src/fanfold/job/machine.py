@@ -1,29 +1,28 @@
-"""`fanfold machine`: what there is, what is allowed, and how fast it is, measured for about two seconds."""
+"""`fanfold machine`: what there is, what is allowed, and how fast it is, measured once in under ten seconds."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fanfold import extras
 from fanfold.errors import RequestError
 from fanfold.job import engines
+from fanfold.job.probing import rates_for
 from fanfold.machine.discover import discover
-from fanfold.machine.probe import Probe, numpy_matmul, numpy_threads, probe
+from fanfold.machine.measure import LARGE
+from fanfold.machine.probe import numpy_matmul, numpy_threads, probe
+from fanfold.machine.rates import work
 from fanfold.planner.units import parse_where
 from fanfold.quantity import format_bytes, format_rate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from fanfold.machine.discover import Machine
 
 _MIN_SHM_BYTES = 64_000_000
 
 
-def machine_record(*, measure: bool = True, budget_s: float = 2.0) -> dict[str, Any]:
-    """Plain values for --json."""
+def machine_record(*, measure: bool = True, anew: bool = False) -> dict[str, Any]:
+    """Plain values for --json. Rates are those that were measured before; now where there are none, or `anew`."""
     machine = discover()
     record: dict[str, Any] = {
         "system": machine.system,
@@ -41,14 +40,7 @@ def machine_record(*, measure: bool = True, budget_s: float = 2.0) -> dict[str, 
         "gpus": [{"index": gpu.index, "name": gpu.name, "memory_bytes": gpu.memory_bytes} for gpu in machine.gpus],
     }
     if measure:
-        measured, by = _measure(machine, budget_s)
-        record["probe"] = {
-            "by": by,
-            "gemm_one_thread_flop_per_s": measured.gemm_one_flop_per_s,
-            "gemm_all_cores_flop_per_s": measured.gemm_all_flop_per_s,
-            "copy_bytes_per_s": measured.copy_bytes_per_s,
-            "elapsed_s": measured.elapsed_s,
-        }
+        record["probe"] = _probed(machine, anew)
     return record
 
 
@@ -128,27 +120,45 @@ def machine_text(record: dict[str, Any]) -> str:
             f"{format_rate(measured['gemm_all_cores_flop_per_s'], 'FLOP')} on {record['cores']} "
             f"(float32, {measured['by']})",
             f"copy:     {format_rate(measured['copy_bytes_per_s'], 'B')} on one thread (bytes read and written)",
+            *_detail_lines(measured, record["cores"]),
         ]
     return "\n".join(lines)
 
 
-def _measure(machine: Machine, budget_s: float) -> tuple[Probe, str]:
-    if not extras.has("torch"):
-        return probe(numpy_matmul, threads=numpy_threads, cores=machine.cores, budget_s=budget_s), "numpy"
-    import torch
+def _detail_lines(measured: dict[str, Any], cores: int) -> list[str]:
+    """Of the whole probe, where torch is there: bandwidth of all, skinny products, links, imports."""
+    if "points" not in measured:
+        return []
+    gemms = [p for p in measured["points"] if p["kind"] == "gemm" and p["threads"] == p["busy"] == 1]
+    alone = {tuple(p["shape"]): work("gemm", p["shape"]) / p["seconds"] for p in gemms}
+    shown = [min(alone, key=lambda shape: alone[shape]), max(alone, key=lambda shape: alone[shape])]
+    return [
+        f"          {format_rate(measured['copy_all_bytes_per_s'], 'B')} by {cores} at once",
+        f"shapes:   {len(alone)} products, from "
+        + " to ".join(f"{format_rate(alone[shape], 'FLOP')} ({'x'.join(map(str, shape))})" for shape in shown),
+        *(
+            f"{name.split('_')[0] + ':':<9} {link['start_s'] * 1e6:.0f} us and {format_rate(link['bytes_per_s'], 'B')} "
+            f"between two processes ({name.replace('_', ' ')})"
+            for name, link in measured["links"].items()
+        ),
+        f"imports:  {measured['import_s']:.1f} s of a processor until units can start",
+    ]
 
-    @contextmanager
-    def threads(count: int) -> Iterator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(count)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
-    def matmul(m: int, k: int, n: int) -> Callable[[], object]:
-        left, right = torch.rand(m, k), torch.rand(k, n)
-        out = torch.empty(m, n)
-        return lambda: torch.mm(left, right, out=out)
-
-    return probe(matmul, threads=threads, cores=machine.cores, budget_s=budget_s), f"torch {torch.__version__}"
+def _probed(machine: Machine, anew: bool) -> dict[str, Any]:
+    """The probe's record; without torch a short one, of numpy's product."""
+    rates = rates_for(machine, anew=anew)
+    if rates is None:
+        found = probe(numpy_matmul, threads=numpy_threads, cores=machine.cores)
+        return {
+            "by": "numpy",
+            "gemm_one_thread_flop_per_s": found.gemm_one_flop_per_s,
+            "gemm_all_cores_flop_per_s": found.gemm_all_flop_per_s,
+            "copy_bytes_per_s": found.copy_bytes_per_s,
+            "elapsed_s": found.elapsed_s,
+        }
+    return {
+        "gemm_one_thread_flop_per_s": rates.rate("gemm", LARGE),
+        "gemm_all_cores_flop_per_s": rates.rate("gemm", LARGE, threads=machine.cores),
+        **rates.record(),
+    }

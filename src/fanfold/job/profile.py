@@ -23,7 +23,7 @@ _MUCH_WAITING, _MUCH_LOADING, _MUCH_PREPARING, _MUCH_PADDING, _LITTLE_GEMM = 0.1
 
 
 def profile(out: str | Path) -> str:
-    """A page of text about a finished run; measures this machine's GEMM rate for two seconds to compare with."""
+    """A page of text about a finished run; compared with this machine's GEMM rate (`fanfold machine --probe`)."""
     opened = open_existing(out)
     summary, data = read_json(opened.store, SUMMARY), opened.store.read(TRACE)
     if summary is None or data is None:
@@ -46,7 +46,7 @@ def profile(out: str | Path) -> str:
         lines.append(
             f"bound:    while computing, {reached:.0%} of {format_rate(rate, 'FLOP')} a unit, the rate of a matrix"
         )
-        lines.append("          product alone, measured on this machine just now; the rest is what is not a product")
+        lines.append("          product alone, measured on this machine; the rest is what is not a product")
     advice = advise(shares, summary, None if gemm is None else gemm[0], opened.run["plan"]["numerics"])
     return "\n".join([*lines, "", *(advice or ["nothing stands out: the units computed nearly all of the time"])])
 
