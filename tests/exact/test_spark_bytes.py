@@ -75,6 +75,31 @@ def test_embed_on_two_executors_writes_the_files_of_inline(tmp_path):
     assert "already finished" in again.stderr
 
 
+@pytest.mark.slow
+def test_a_split_model_on_an_executor_gives_the_vectors_of_inline(tmp_path):
+    inputs = write(tmp_path / "in.jsonl", 100)
+    assert command("embed", inputs, "-o", tmp_path / "inline", "--on", "inline").returncode == 0
+    split = command("embed", inputs, "-o", tmp_path / "spark", "--on", "local[2]", "--layout", "tensor=2")
+    assert split.returncode == 0, split.stderr
+    assert "1 executor(s) with 1 slot(s) of 2 core(s)" in split.stderr
+    vectors = [
+        np.stack(pq.read_table(tmp_path / name / "data")["embedding"].to_pylist()) for name in ("inline", "spark")
+    ]
+    assert np.abs(vectors[0] - vectors[1]).max() <= 1e-5
+    verified = command("verify", tmp_path / "spark", "--sample", "20")
+    assert (verified.returncode, "level T" in verified.stdout + verified.stderr) == (0, True)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or ())]
+
+
+def test_a_split_model_needs_executors_with_a_core_for_each_process(tmp_path):
+    inputs = write(tmp_path / "in.jsonl", 3)
+    done = command("embed", inputs, "-o", tmp_path / "out", "--on", CLUSTER, "--layout", "tensor=2")
+    assert done.returncode == 2
+    assert "2 executor(s) of 1 core(s)" in done.stderr
+    assert "executors of at least 2 core(s)" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_embed_on_a_standalone_master_writes_the_files_of_inline(tmp_path, standalone):
     inputs = write(tmp_path / "in.jsonl", 100)
     assert command("embed", inputs, "-o", tmp_path / "inline", "--on", "inline").returncode == 0
