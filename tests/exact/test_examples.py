@@ -34,3 +34,12 @@ def test_the_pool_and_the_fold_find_the_same_mean():
 def test_the_ensemble_is_right_more_often_than_each_member():
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: the ensemble is not tried")
     assert "their vote" in run("ensemble.py")
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_a_sequence_that_does_not_fit_one_unit_runs_on_two():
+    _, whole, cut, equal = run("long_context.py").splitlines()
+    assert whole == "tensor=1, 1 unit: does not fit (can't allocate memory)"
+    assert cut == "context=2:ring, 2 units: logits (1, 8192, 256)"
+    assert float(equal.split()[2]) < 1e-5

@@ -42,7 +42,16 @@ def vectors(run):
     return np.stack(pq.read_table(run.out / "data")["embedding"].to_pylist())
 
 
-@pytest.mark.parametrize("layout", ["tensor=2", "pipeline=2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tensor=2",
+        "pipeline=2",
+        "context=2:ring",
+        pytest.param("context=2", marks=pytest.mark.nightly),
+        pytest.param("context=2:ulysses", marks=pytest.mark.nightly),
+    ],
+)
 def test_split_units_give_the_vectors_of_whole_ones_and_pass_verify(docs, whole, tmp_path, layout):
     run = ff.embed(docs, tmp_path / "out", on="cpu:2", layout=layout)
     assert np.abs(vectors(run) - whole).max() <= 1e-5

@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 
 
 class Group:
-    """`size` processes that run `program(rank, size, channel)`. Messages go to and from single ranks."""
+    """`size` processes that run `program(rank, size, channel)`. Messages go to and from single ranks.
 
-    def __init__(self, supervisor: Supervisor, unit: Unit, program: Program, size: int) -> None:
+    `memory_bytes`: what each may hold beyond what its imports hold; more is an error there.
+    """
+
+    def __init__(
+        self, supervisor: Supervisor, unit: Unit, program: Program, size: int, *, memory_bytes: int | None = None
+    ) -> None:
         self._supervisor = supervisor
         body = cloudpickle.dumps(program)
         self._members: list[Process] = []
@@ -30,7 +35,9 @@ class Group:
         self._cause: FanfoldError | None = None
         try:
             for rank in range(size):
-                member = supervisor.start(Unit(name=f"{unit.name}.{rank}", device=unit.device))
+                member = supervisor.start(
+                    Unit(name=f"{unit.name}.{rank}", device=unit.device), memory_bytes=memory_bytes
+                )
                 self._members.append(member)
                 member.channel.send(("run", body, rank, size))
         except BaseException:

@@ -10,6 +10,7 @@ from fanfold.data.scratch import scratch_folder
 from fanfold.errors import DifferenceFound, PlanError
 from fanfold.parallel.mesh import Split, parse_split
 from fanfold.plan.layout import product_of
+from fanfold.quantity import parse_bytes
 from fanfold.tasks.checkpoint import find_checkpoint
 from fanfold.tasks.parallel_model import ANSWER_S, ParallelModel, start
 
@@ -24,10 +25,12 @@ def parallel(
     dtype: str = "float32",
     revision: str | None = None,
     timeout_s: float = 60.0,
+    memory_per_unit: str | None = None,
 ) -> ParallelModel:
     """The model split over several units of this machine, for example layout="tensor=2".
 
     `model`: a folder or a Hugging Face id with safetensors weights; each unit reads and holds its share only.
+    `memory_per_unit`: what each may hold, weights included, for example "2GB"; a unit that wants more fails.
     Raises: PlanError for a layout that cannot be, before any weight is read; InputError for unusable files.
     """
     split = parse_split(layout)
@@ -44,7 +47,8 @@ def parallel(
         extras.need(module, extra="torch", purpose="ff.parallel")
     folder = str(find_checkpoint(model, revision=revision, tokenizer=False).path)
     _check(folder, split, dtype)
-    return ParallelModel(folder, split, dtype=dtype, timeout_s=timeout_s)
+    memory_bytes = parse_bytes(memory_per_unit, name="memory_per_unit") if memory_per_unit else None
+    return ParallelModel(folder, split, dtype=dtype, timeout_s=timeout_s, memory_bytes=memory_bytes)
 
 
 def equal(

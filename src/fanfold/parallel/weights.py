@@ -34,27 +34,32 @@ class Files:
     folder: Path
     where: dict[str, Path] = field(default_factory=dict)
     read_bytes: int = 0
+    _open: dict[Path, Any] = field(default_factory=dict)
 
     def read(self, name: str, cut: Cut | None) -> torch.Tensor:
         """The tensor or its share, each run of neighbours with one read."""
-        from safetensors import safe_open
-
-        with safe_open(str(self.where[name]), framework="pt") as file:
-            if cut is None:
-                found = file.get_tensor(name)
-            else:
-                whole = file.get_slice(name)
-                parts = [whole[:, run] if cut.dim else whole[run] for run in runs(cut.index)]
-                found = torch.cat(parts, dim=cut.dim) if len(parts) > 1 else parts[0]
+        file = self._file_of(name)
+        if cut is None:
+            found = file.get_tensor(name)
+        else:
+            whole = file.get_slice(name)
+            parts = [whole[:, run] if cut.dim else whole[run] for run in runs(cut.index)]
+            found = torch.cat(parts, dim=cut.dim) if len(parts) > 1 else parts[0]
         self.read_bytes += found.numel() * found.element_size()
         tensor: torch.Tensor = found
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file_of(name).get_slice(name).get_shape())
+
+    def _file_of(self, name: str) -> Any:
+        """Open once: tensors keep their mapping, and each mapping counts in full where memory is limited."""
         from safetensors import safe_open
 
-        with safe_open(str(self.where[name]), framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        path = self.where[name]
+        if path not in self._open:
+            self._open[path] = safe_open(str(path), framework="pt")
+        return self._open[path]
 
 
 def runs(index: list[int]) -> list[slice]:

@@ -27,14 +27,23 @@ class ParallelModel:
     `model(input_ids=..., attention_mask=...)`: transformers' own output, whole, without keys and values.
     `model.generate(input_ids, ...)`: token ids [B, prompt + new], greedy; with do_sample=True drawn, so that a row's
     draws depend on seed, row and position alone (temperature, top_k, top_p, min_p).
-    `base`: the model without its head. Raises: UnitLost where a rank dies or falls silent; the group has then ended.
+    `base`: the model without its head. `memory_bytes`: what each process may hold.
+    Raises: UnitLost where a rank dies or falls silent; the group has then ended.
     """
 
     def __init__(
-        self, folder: str, split: Split, *, dtype: str, timeout_s: float, base: bool = False, threads: int = 1
+        self,
+        folder: str,
+        split: Split,
+        *,
+        dtype: str,
+        timeout_s: float,
+        base: bool = False,
+        threads: int = 1,
+        memory_bytes: int | None = None,
     ) -> None:
         self.split = split
-        self._ranks = start(split, timeout_s=timeout_s, threads=threads)
+        self._ranks = start(split, timeout_s=timeout_s, threads=threads, memory_bytes=memory_bytes)
         self._end = weakref.finalize(self, self._ranks.close)  # also where nobody closes it
         try:
             self._ranks.ask("load", {"folder": folder, "dtype": dtype, "base": base})
@@ -95,7 +104,8 @@ class Running:
             os.unlink(self._path)
 
 
-def start(split: Split, *, timeout_s: float, threads: int = 1) -> Running:
+def start(split: Split, *, timeout_s: float, threads: int = 1, memory_bytes: int | None = None) -> Running:
+    """`memory_bytes`: what each rank may hold beyond what its imports hold."""
     from fanfold.parallel.program import Ranks
     from fanfold.parallel.shared_file import new_path
 
@@ -103,7 +113,7 @@ def start(split: Split, *, timeout_s: float, threads: int = 1) -> Running:
     supervisor = Supervisor(imports=_IMPORTS, threads=threads)
     try:
         program = Ranks(path=path, split=split, threads=threads, timeout_s=timeout_s)
-        group = Group(supervisor, Unit(name="group"), program, split.units)
+        group = Group(supervisor, Unit(name="group"), program, split.units, memory_bytes=memory_bytes)
     except BaseException:
         supervisor.close()
         Path(path).unlink(missing_ok=True)
