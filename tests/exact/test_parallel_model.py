@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -189,3 +190,20 @@ def test_a_rank_that_sleeps_is_named_with_the_collective_and_its_layer(llama):
         assert re.search(r"rank 0 of 2 in all_reduce#\d+ model\.embed_tokens float32 \(3, 9, \d+\)", said), said
         assert "rank 1" in said
         assert gone(model.pids)
+
+
+@pytest.mark.slow
+def test_gloo_carries_what_shared_memory_carries_bit_by_bit(monkeypatch, llama):
+    """Pipeline stages too: their messages go the same way."""
+    found = {}
+    ids, mask = prompts()
+    for transport in ("shared", "gloo"):
+        monkeypatch.setenv("FANFOLD_TRANSPORT", transport)
+        with ff.parallel(str(llama), layout="tensor=2,pipeline=2") as model:
+            found[transport] = (
+                model(input_ids=ids, attention_mask=mask).logits,
+                model.generate(ids, attention_mask=mask, max_new_tokens=4),
+            )
+    assert torch.equal(found["gloo"][0], found["shared"][0])
+    assert torch.equal(found["gloo"][1], found["shared"][1])
+    assert not list(Path(tempfile.gettempdir()).glob("fanfold-gloo-*"))

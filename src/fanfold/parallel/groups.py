@@ -5,22 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fanfold.parallel.mesh import Mesh
-from fanfold.parallel.tensors import Alone, TensorGroup
+from fanfold.parallel.tensors import Alone
+from fanfold.parallel.transport import open_group
 
 if TYPE_CHECKING:
     from fanfold.parallel.mesh import Axis, Split
+    from fanfold.parallel.tensors import TensorGroup
 
 
 class Groups:
-    """All ranks of one model, over the file at `path`; a smaller group has a file of its own beside it.
+    """All ranks of one model, that meet at `place`; a smaller group has a place of its own beside it.
 
-    Every rank opens the same axes in the same order. Raises what TensorGroup raises.
+    Every rank opens the same axes in the same order. Raises what they raise.
     """
 
-    def __init__(self, path: str, rank: int, split: Split, timeout_s: float) -> None:
-        self.rank, self._path, self._timeout_s = rank, path, timeout_s
+    def __init__(self, place: str, rank: int, split: Split, timeout_s: float) -> None:
+        self.rank, self._place, self._timeout_s = rank, place, timeout_s
         self.mesh = Mesh(split=split)
-        self.world = TensorGroup(path, rank, split.units, timeout_s)
+        self.world = open_group(place, rank, split.units, timeout_s)
         self._opened: dict[Axis, TensorGroup] = {}
 
     def along(self, axis: Axis) -> TensorGroup | Alone:
@@ -31,8 +33,8 @@ class Groups:
         if len(ranks) == self.mesh.units:
             return self.world
         if axis not in self._opened:
-            path = f"{self._path}-{axis}-{ranks[0]}"
-            self._opened[axis] = TensorGroup(path, ranks.index(self.rank), len(ranks), self._timeout_s)
+            place = f"{self._place}-{axis}-{ranks[0]}"
+            self._opened[axis] = open_group(place, ranks.index(self.rank), len(ranks), self._timeout_s)
         return self._opened[axis]
 
     def set_timeout(self, timeout_s: float) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import weakref
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fanfold.engine.group import Group
 from fanfold.engine.supervisor import Supervisor
 from fanfold.errors import PlanError
+from fanfold.parallel.transport import new_place, remove
 from fanfold.plan.plan import Unit
 
 if TYPE_CHECKING:
@@ -81,7 +79,7 @@ class ParallelModel:
 
 
 class Running:
-    """A group of ranks and the file over which they talk."""
+    """A group of ranks and the place where they meet."""
 
     def __init__(self, supervisor: Supervisor, group: Group, path: str, lead: int) -> None:
         self._supervisor, self._group, self._path, self._lead = supervisor, group, path, lead
@@ -100,22 +98,20 @@ class Running:
     def close(self) -> None:
         self._group.close()
         self._supervisor.close()
-        with suppress(FileNotFoundError):
-            os.unlink(self._path)
+        remove(self._path)
 
 
 def start(split: Split, *, timeout_s: float, threads: int = 1, memory_bytes: int | None = None) -> Running:
     """`memory_bytes`: what each rank may hold beyond what its imports hold."""
     from fanfold.parallel.program import Ranks
-    from fanfold.parallel.shared_file import new_path
 
-    path = new_path()
+    path = new_place()
     supervisor = Supervisor(imports=_IMPORTS, threads=threads)
     try:
         program = Ranks(path=path, split=split, threads=threads, timeout_s=timeout_s)
         group = Group(supervisor, Unit(name="group"), program, split.units, memory_bytes=memory_bytes)
     except BaseException:
         supervisor.close()
-        Path(path).unlink(missing_ok=True)
+        remove(path)
         raise
     return Running(supervisor, group, path, (split.pipeline - 1) * split.width)
