@@ -49,14 +49,14 @@ def measuring(operators, seconds):
 
 def test_every_shape_is_measured_where_there_is_time():
     found = measuring(FakeOperators(1e13), 60.0)
-    found.alone(1)
+    found.alone()
     assert {(point.kind, point.shape) for point in found.points} == set(all_shapes()) | set(core_shapes())
     assert all(point.rate == pytest.approx(1e13) for point in found.points)
 
 
 def test_products_are_measured_on_all_cores_too():
     found = measuring(FakeOperators(1e13), 60.0)
-    found.alone(4)
+    found.on_all(4)
     on_all = [point for point in found.points if point.threads == 4]
     assert [point.shape for point in on_all] == list(BUSY_GEMMS)
     assert all(point.rate == pytest.approx(4e13) for point in on_all)
@@ -66,7 +66,8 @@ def test_products_are_measured_on_all_cores_too():
 def test_the_time_given_is_kept(rate):
     operators = FakeOperators(rate)
     found = measuring(operators, 3.0)
-    found.alone(2)
+    found.alone(0.55)
+    found.on_all(2, 0.3)
     found.together(2, lambda name: None)
     assert operators.wall() < 4.5
     assert {kind for kind, _ in core_shapes()} <= {point.kind for point in found.points}
@@ -76,7 +77,7 @@ def test_other_programs_do_not_count():
     quiet, busy = FakeOperators(1e12), FakeOperators(1e12, load=3.0)
     for operators in (quiet, busy):
         operators.found = measuring(operators, 5.0)
-        operators.found.alone(1)
+        operators.found.alone()
     assert busy.found.points[0].seconds == pytest.approx(quiet.found.points[0].seconds)
 
 

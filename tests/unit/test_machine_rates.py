@@ -23,6 +23,9 @@ def rates(*points, cores=4):
         copy_bytes_per_s=1e10,
         copy_all_bytes_per_s=2e10,
         issue_s=1e-5,
+        own_share=1.0,
+        zygote_bytes=300_000_000,
+        unit_bytes=80_000_000,
         import_s=5.0,
         links={"pipe": Link(start_s=1e-5, bytes_per_s=1e9)},
     )

@@ -21,7 +21,7 @@ from fanfold import extras
 from fanfold.engine.group import Group
 from fanfold.engine.supervisor import Supervisor
 from fanfold.machine.measure import Measuring, copy_bytes_per_s, run_s
-from fanfold.machine.memory import processor_s
+from fanfold.machine.memory import private_bytes, processor_s, pss_bytes
 from fanfold.machine.rates import VERSION, Link, Point, Rates, from_record
 from fanfold.parallel.shared import SharedGroup
 from fanfold.parallel.shared_file import new_path, refusal
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 BUDGET_S = 9.0  # of it, what the imports leave is for measuring
 _LEAST_S = 2.5
+_ALONE, _ON_ALL = 0.55, 0.3  # shares of the time left, for one thread, then for all of one process
 _MOST_PROCESSES = 16  # that compute at once; beyond, the rate of so many stands for all
 _ANSWER_S = 60.0
 _IMPORTS = (
@@ -84,21 +85,25 @@ def measured(cores: int, budget_s: float = BUDGET_S) -> Rates:
         try:
             for rank in range(size):
                 group.receive(rank, _ANSWER_S)  # the imports are over
-            import_s = processor_s(supervisor.zygote_pid) if supervisor.zygote_pid else 0.0
+            zygote = supervisor.zygote_pid
+            import_s = processor_s(zygote) if zygote else 0.0
+            unit_bytes = max(private_bytes(pid) for pid in group.pids if pid)
+            zygote_bytes = sum(pss_bytes(pid) for pid in (zygote, *group.pids) if pid) - size * unit_bytes
+            start = {"import_s": import_s, "zygote_bytes": zygote_bytes, "unit_bytes": unit_bytes}
             left_s = max(_LEAST_S, budget_s - (time.monotonic() - started_s))
             deadline_s = time.perf_counter() + left_s
             pipe = _pipe(group)
             busy = min(cores, size)
             for rank in range(size):
                 group.send(rank, (cores, busy, deadline_s))
-            return _collected(group, size, cores, import_s, pipe, started_s)
+            return _collected(group, size, cores, start, pipe, started_s)
         finally:
             group.close()
     finally:
         supervisor.close()
 
 
-def _collected(group: Group, size: int, cores: int, import_s: float, pipe: Link, started_s: float) -> Rates:
+def _collected(group: Group, size: int, cores: int, start: dict[str, Any], pipe: Link, started_s: float) -> Rates:
     """Serve the barriers until every rank has said what it found."""
     found: list[dict[str, Any]] = []
     while not found:
@@ -124,7 +129,8 @@ def _collected(group: Group, size: int, cores: int, import_s: float, pipe: Link,
         copy_bytes_per_s=first_rank["copy"],
         copy_all_bytes_per_s=sum(copies),
         issue_s=first_rank["issue_s"],
-        import_s=import_s,
+        own_share=first_rank["own_share"],
+        **start,
         links=links,
         elapsed_s=time.monotonic() - started_s,
     )
@@ -154,7 +160,10 @@ def _rank(path: str | None, rank: int, size: int, channel: Channel) -> None:
     if rank == 0:
         body["copy"] = copy_bytes_per_s(operators)
         body["issue_s"] = run_s(operators.smallest(), 0.02)
-        measuring.alone(cores)
+        before_s, cpu_s = time.perf_counter(), time.process_time()
+        measuring.alone(_ALONE if cores > 1 else 1.0)
+        body["own_share"] = min(1.0, (time.process_time() - cpu_s) / (time.perf_counter() - before_s))
+        measuring.on_all(cores, _ON_ALL)
         body["alone"] = measuring.points
     barrier("alone")
     if busy > 1:

@@ -29,6 +29,8 @@ from fanfold.job.compiling import compile_for, compiled_as_asked, decide
 from fanfold.job.fingerprint import check_same, fingerprint
 from fanfold.job.finish import finish
 from fanfold.job.log import borders, open_windows, settle
+from fanfold.job.predicting import predict_job, why_not
+from fanfold.job.probing import rates_for
 from fanfold.job.reopen import accept_inputs, mend, reopen_failed
 from fanfold.job.threads import recommended, with_threads
 from fanfold.job.work import JobWork, OutputRules, place_names, unit_imports
@@ -37,6 +39,7 @@ from fanfold.machine.threads import held_threads
 from fanfold.plan.numerics import Numerics, windows_per_part
 from fanfold.planner.units import Job, check_slots, choose, is_remote, parse_where
 from fanfold.report.timeline import Timeline
+from fanfold.tasks.embed import Embed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from fanfold.plan.plan import Cluster, Plan, Where
     from fanfold.tasks.task import Task
 
+_BYTES_PER_TOKEN = 4  # of text, a rule of thumb
+_WORTH_MEASURING_FLOPS = 1e14  # about a quarter of an hour of one core: then the probe's ten seconds are small
 _SCAN_AHEAD = 64  # windows; a spooled input is held on disk, so fewer
 _SPOOL_AHEAD = 3
 _SPARK_LEASE_S = 4.0  # a lease is a Spark job, which costs some 50 ms (docs/log.md)
@@ -152,6 +157,8 @@ def _run_job(
         cluster, machine = _cluster(where, machine, task, numerics, None if request.dry_run else output.local, say)
     plan = choose(where, machine, _job(task, source, request, numerics), numerics, cluster)
     plan = replace(plan, reasons=(*plan.reasons, *thread_reasons))
+    prediction, expected = _prediction(task, source, plan, machine, request)
+    plan = replace(plan, reasons=(*plan.reasons, *expected))
     for key, value in task.shown.items():
         say(f"{key + ':':<9}{value}")
     _say_plan(plan, say)
@@ -187,6 +194,7 @@ def _run_job(
         if plan.numerics.compiled:
             compile_for(task, plan, say)
         record = _run_record(plan, wanted, machine, task, request, output)
+        record["prediction"] = prediction if stored is None else stored.get("prediction")
         write_json(store, RUN, {**record, "kept_schema": schema})
         work = JobWork(
             task=task,
@@ -209,6 +217,23 @@ def _run_job(
         return _carry_out(work, plan, request, store, output, entries, display, signals=signals)
     finally:
         store.close()
+
+
+def _prediction(
+    task: Task, source: Source, plan: Plan, machine: Machine, request: Request
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """run.json's `prediction`, and what to say of it. Rates that were measured before; now where it is worth it."""
+    if not request.sync:  # data in memory: a few rows must not wait for a sample of themselves
+        return None, []
+    reason = why_not(task, source, plan)
+    if reason is not None or not isinstance(task, Embed):
+        return None, []
+    flops = task.flops_per_token * (source.total_bytes or 0) / _BYTES_PER_TOKEN
+    rates = rates_for(machine, measure=flops > _WORTH_MEASURING_FLOPS)
+    if rates is None:
+        return None, ["no expectation yet: fanfold machine --probe measures this machine, once, in 10 seconds"]
+    found = predict_job(task, source, plan, rates)
+    return (None, []) if found is None else (found.record(), found.reasons)
 
 
 def _carry_out(

@@ -36,6 +36,7 @@ def show(out: str | Path) -> str:
     )
     if summary is not None:
         lines += ["", *summary_lines(summary)]
+        lines += _expected(run.get("prediction"), summary)
     lines += _failures(opened)
     return "\n".join(lines)
 
@@ -66,6 +67,18 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     if summary["retries"]:
         lines.append(f"{'retries:':<9}" + ", ".join(f"{kind} {count}" for kind, count in summary["retries"].items()))
     return lines
+
+
+def _expected(told: dict[str, Any] | None, summary: dict[str, Any]) -> list[str]:
+    """What was expected before the job began, against what it took; nothing for a job that was resumed."""
+    if told is None or summary["rows_resumed"] or not summary["elapsed_s"] or not summary["peak_pss_bytes"]:
+        return []
+    time_off = told["elapsed_s"] / summary["elapsed_s"] - 1
+    memory_off = told["memory_bytes"] / summary["peak_pss_bytes"] - 1
+    return [
+        f"{'expected:':<9} {format_duration(told['elapsed_s'])} ({time_off:+.0%}), "
+        f"memory {format_bytes(told['memory_bytes'])} ({memory_off:+.0%})"
+    ]
 
 
 def _rates(summary: dict[str, Any]) -> str:

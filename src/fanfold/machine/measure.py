@@ -9,7 +9,6 @@ then all run the same operators at the same time, as units of a job do.
 
 from __future__ import annotations
 
-import statistics
 import time
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,7 +33,7 @@ BUSY_GEMMS = tuple((rows, k, n) for rows, k, n in (
 ))  # fmt: skip
 LARGE = (2048, 1024, 1024)  # the shape whose rate stands for "large products"
 COPY_BYTES = 64 * 2**20
-_RUNS, _FEWEST = 5, 2
+_RUNS, _FEWEST = 6, 3
 _SHORT_S = 0.004  # runs shorter than this are repeated to last so long
 
 
@@ -69,7 +68,10 @@ def all_shapes() -> list[tuple[str, Shape]]:
 
 
 def run_s(run: Callable[[], object], left_s: float, clock: Clock = time.process_time) -> float:
-    """Median seconds of a run after one that is not counted; two to five samples, fewer where time is short."""
+    """The least seconds of a run after one that is not counted; two to five samples, fewer where time is short.
+
+    Whatever else the machine does can only add to it.
+    """
     run()
     before_s = clock()
     run()
@@ -82,7 +84,7 @@ def run_s(run: Callable[[], object], left_s: float, clock: Clock = time.process_
         for _ in range(times):
             run()
         samples.append(max((clock() - before_s) / times, 1e-9))
-    return statistics.median(samples)
+    return min(samples)
 
 
 class Measuring:
@@ -99,22 +101,21 @@ class Measuring:
         self.operators, self.deadline_s, self.clock, self.wall = operators, deadline_s, clock, wall
         self.points: list[Point] = []
 
-    def alone(self, cores: int) -> None:
-        """One thread, all shapes; then products on all cores. Half of the time is left to `together`."""
-        started_s = self.wall()
-        until_s = started_s + (self.deadline_s - started_s) * (0.6 if cores > 1 else 1.0)
+    def alone(self, share: float = 1.0) -> None:
+        """One thread, the most telling shapes first, within that share of the time that is left."""
+        until_s = self._until_s(share)
+        first = core_shapes()
         with self.operators.threads(1):
-            first = core_shapes()
-            for kind, shape in first:
+            for kind, shape in [*first, *(one for one in all_shapes() if one not in first)]:
                 self._point(kind, shape, until_s)
+
+    def on_all(self, cores: int, share: float = 1.0) -> None:
+        """Products on all cores of one process."""
+        until_s = self._until_s(share)
         if cores > 1:
             with self.operators.threads(cores):
                 for shape in BUSY_GEMMS:
                     self._point("gemm", shape, until_s, threads=cores)
-        with self.operators.threads(1):
-            for kind, shape in all_shapes():
-                if (kind, shape) not in first:
-                    self._point(kind, shape, until_s)
 
     def together(self, busy: int, barrier: Callable[[str], object]) -> None:
         """The same operators in `busy` processes at once; every process must call this.
@@ -138,6 +139,10 @@ class Measuring:
             run()
             count += 1
         return max((self.clock() - started_s) / count, 1e-9)
+
+    def _until_s(self, share: float) -> float:
+        now_s = self.wall()
+        return now_s + share * (self.deadline_s - now_s)
 
     def _point(self, kind: str, shape: Shape, until_s: float, threads: int = 1) -> None:
         """Measured if it is expected to end in time: a product takes as long as the last one of its kind, per FLOP."""

@@ -63,6 +63,9 @@ class Rates:
     copy_bytes_per_s: float  # one process; read plus written, as STREAM counts
     copy_all_bytes_per_s: float  # as many processes as cores, together
     issue_s: float  # the host's part of one operator
+    own_share: float  # of a core that rank 0 had while it measured; below 1 where other programs ran
+    zygote_bytes: int  # of the process that has imported it
+    unit_bytes: int  # of a process forked from it, pages that it has not written not counted
     import_s: float  # of a processor, until units can be forked: torch and transformers imported
     links: Mapping[str, Link] = field(default_factory=dict)
     elapsed_s: float = 0.0
