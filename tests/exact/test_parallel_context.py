@@ -211,6 +211,32 @@ def test_the_real_small_bert_is_within_level_t_of_the_whole(method):
     assert (found.pooler_output - expected.pooler_output).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("llama", "context=2:ring"),
+        pytest.param("gpt2", "context=2", marks=pytest.mark.nightly),
+        pytest.param("mistral", "context=3:ulysses", marks=pytest.mark.nightly),
+        pytest.param("llama one kv head", "context=2:ring,tensor=2", marks=pytest.mark.nightly),
+        pytest.param("qwen3", "context=3", marks=pytest.mark.nightly),
+    ],
+)
+def test_generated_ids_over_a_cut_cache_are_those_of_the_whole_model(folder_of, name, layout):
+    folder = folder_of(name, 4)
+    ids = torch.randint(5, 101, (3, 9), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    options = {"max_new_tokens": 20, "eos_token_id": None}
+    expected = whole.generate(ids, attention_mask=mask, do_sample=False, **options)
+    with ff.parallel(str(folder), layout=layout, dtype="float64") as model:
+        for _ in range(2):  # nothing is left of the first
+            assert model.generate(ids, attention_mask=mask, **options).tolist() == expected.tolist()
+        logits = whole(input_ids=ids, attention_mask=mask).logits
+        found = model(input_ids=ids, attention_mask=mask).logits
+        assert equal.relative(found, logits) <= equal.promise_of(name.split()[0], "float64", context=2)
+
+
 # -- what cannot be ---------------------------------------------------------------------------------------
 
 
