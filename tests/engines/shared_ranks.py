@@ -13,7 +13,6 @@ import time
 import numpy as np
 
 from fanfold.errors import FanfoldError
-from fanfold.parallel.gloo import GlooGroup
 from fanfold.parallel.shared import SharedGroup
 from fanfold.parallel.shared_file import SLOT_BYTES
 
@@ -279,7 +278,9 @@ def exchanges(group):
 
 
 def main(program, path, rank, size, timeout_s="20"):
-    transport = GlooGroup if path.endswith("gloo") else SharedGroup
+    transport = SharedGroup
+    if path.endswith("gloo"):
+        from fanfold.parallel.gloo import GlooGroup as transport  # it imports torch, which takes seconds
     try:
         with transport(path, int(rank), int(size), float(timeout_s)) as group:
             print("joined", flush=True)

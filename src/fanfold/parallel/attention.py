@@ -62,6 +62,19 @@ def attend(
     return out, lse if none is None else lse.masked_fill(none, float("-inf"))
 
 
+def attend_all(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Over all keys at hand: output, and lse, -inf for queries that see none. visible: [B or 1, 1, Q or 1, K]."""
+    groups = q.shape[1] // k.shape[1]
+    bias = none = None
+    if visible is not None and not bool(visible.all()):
+        bias = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
+        none = ~visible.any(-1)
+    out, lse = _forward(q, _spread(k, groups), _spread(v, groups), 0.0, False, attn_mask=bias, scale=scale)
+    return out, lse if none is None else lse.masked_fill(none, float("-inf"))
+
+
 def attend_backward(
     grad: torch.Tensor,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],

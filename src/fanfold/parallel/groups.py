@@ -34,7 +34,7 @@ class Groups:
             return self.world
         if axis not in self._opened:
             place = f"{self._place}-{axis}-{ranks[0]}"
-            self._opened[axis] = open_group(place, ranks.index(self.rank), len(ranks), self._timeout_s)
+            self._opened[axis] = open_group(place, ranks.index(self.rank), len(ranks), self._timeout_s, names=ranks)
         return self._opened[axis]
 
     def set_timeout(self, timeout_s: float) -> None:

@@ -72,7 +72,14 @@ class Ranks:
                     if rank == lead:
                         channel.send(answer)
                 elif verb == "generate":
-                    if between is not None:
+                    sequence = share.sequence
+                    if sequence is not None:
+                        from fanfold.parallel.decoding import Decoding, cut_cache, stepping
+
+                        decoding = Decoding(sequence.comm)
+                        model.forward = stepping(model.forward, sequence, decoding)
+                        values["options"]["past_key_values"] = cut_cache(decoding, model.config.num_hidden_layers)
+                    elif between is not None:
                         model.forward = partial(_everywhere, model.forward, share.stage, between, lead)
                     try:
                         ids = _generate(model, **values)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fanfold.parallel.comm import Comm
+    from fanfold.parallel.decoding import Decoding
     from fanfold.parallel.mesh import ContextMethod
 
 ATTENTION = "fanfold_context"
@@ -32,6 +33,7 @@ _LM = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
 _SHIFTED = ("ForCausalLM", "LMHeadModel")
 _FLOAT_LOSS = ("modernbert",)
 _CUT = ("input_ids", "token_type_ids", "position_ids")
+_OF_GENERATE = ("logits_to_keep", "return_dict", "use_cache", "cache_position")
 _WHOLE = ("attention_mask", "labels", "use_cache", "return_dict")
 _OWN_KEYWORDS = ("softcap", "s_aux", "position_bias", "head_mask", "indices")
 _RUN: ContextVar[Run | None] = ContextVar("the cut of the forward that is running", default=None)
@@ -39,10 +41,11 @@ _RUN: ContextVar[Run | None] = ContextVar("the cut of the forward that is runnin
 
 @dataclass(frozen=True)
 class Run:
-    """One forward: how its sequence is cut."""
+    """One forward: how its sequence is cut; `decoding` where it is one token behind a prompt."""
 
     sequence: Sequence
     cut: Positions
+    decoding: Decoding | None = None
 
 
 class Sequence:
@@ -84,8 +87,13 @@ class Sequence:
         return self._forward(call, inputs)
 
     def _forward(self, call: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        inputs = {name: value for name, value in inputs.items() if value is not None}
         labels = inputs.pop("labels", None)
+        out, cut = self._cut(call, inputs, None)
+        return None if out is None else self._whole(out, cut, labels)
+
+    def _cut(self, call: Callable[..., Any], inputs: dict[str, Any], cache: Any) -> tuple[Any, Positions]:
+        """The output on this unit's positions, and how they were cut."""
+        inputs = {name: value for name, value in inputs.items() if value is not None}
         ids = inputs.get("input_ids")
         unknown = [name for name in inputs if name not in (*_CUT, *_WHOLE) and inputs[name] is not False]
         if ids is None or unknown:
@@ -96,8 +104,8 @@ class Sequence:
                 do="leave the others away, or use --layout tensor",
             )
         cut = cut_positions(ids.shape[1], self.comm.size, balanced=self._balanced)
-        mask = inputs.pop("attention_mask", None)
-        mask = torch.ones_like(ids) if mask is None else mask
+        given_mask = inputs.pop("attention_mask", None)
+        mask = torch.ones_like(ids) if given_mask is None else given_mask
         if mask.dim() != 2:
             raise PlanError(
                 f"an attention mask of {mask.dim()} axes with context={self.comm.size}",
@@ -105,7 +113,7 @@ class Sequence:
                 allowed="[rows, positions], 1 for tokens and 0 for padding",
                 do="use --layout tensor for masks of your own",
             )
-        whole = {**inputs, "position_ids": self._positions(inputs, ids, mask)}
+        whole = {**inputs, "position_ids": self._positions(inputs, ids, mask, packed=given_mask is None)}
         mine = cut.of_rank[self.comm.rank]
         own = {name: value[:, mine] if name in _CUT else value for name, value in whole.items()}
         if own["position_ids"] is None or not _takes(self._base, "position_ids"):
@@ -116,19 +124,40 @@ class Sequence:
                 do="use --layout tensor",
             )
         if _takes(self._base, "use_cache"):
-            own["use_cache"] = False
-        token = _RUN.set(Run(self, cut))
-        try:
-            out = call(**{**own, "attention_mask": mask})
-        finally:
-            _RUN.reset(token)
-        return None if out is None else self._whole(out, cut, labels)
+            own["use_cache"] = cache is not None
+        more = {} if cache is None else {"past_key_values": cache}
+        out = _called(call, Run(self, cut), {**own, **more, "attention_mask": mask})
+        return out, cut
 
-    def _positions(self, inputs: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """As the whole model would number its tokens, [B, S]."""
+    # -- tokens one by one ----------------------------------------------------------------------------
+
+    def prompt(self, call: Callable[..., Any], inputs: dict[str, Any], decoding: Decoding) -> Any:
+        """The last position's logits [B, 1, V] on every unit; each keeps its positions' keys and values."""
+        inputs = {name: value for name, value in inputs.items() if name not in _OF_GENERATE}
+        cache = inputs.pop("past_key_values")
+        out, cut = self._cut(call, inputs, cache)
+        decoding.prompt(cut.of_rank[self.comm.rank], cut.length)
+        last = next(rank for rank, mine in enumerate(cut.runs) if mine[-1].stop == cut.length)
+        every = self.comm.side_by_side(out.logits[:, -1:].contiguous(), "logits", [1] * self.comm.size, 1)
+        return type(out)(logits=every[:, last : last + 1], past_key_values=cache)
+
+    def token(self, call: Callable[..., Any], inputs: dict[str, Any], decoding: Decoding) -> Any:
+        """One more token, on every unit; its attention is over the keys of all."""
+        decoding.begin_token()
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        inputs.setdefault("position_ids", torch.full_like(inputs["input_ids"], decoding.length))
+        cut = Positions([[range(decoding.length, decoding.length + 1)]] * self.comm.size)
+        out = _called(call, Run(self, cut, decoding), inputs)
+        decoding.end_token()
+        return out
+
+    def _positions(
+        self, inputs: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor, *, packed: bool
+    ) -> torch.Tensor:
+        """As the whole model would number its tokens, [B, S]. packed: numbers that go down would begin a sequence."""
         given: torch.Tensor | None = inputs.get("position_ids")
         if given is not None:
-            if bool((given.diff(dim=-1) < 0).any()):
+            if packed and bool((given.diff(dim=-1) < 0).any()):
                 raise PlanError(
                     f"position_ids with context={self.comm.size}",
                     found="several sequences in one row",
@@ -200,6 +229,14 @@ class _Positions(torch.autograd.Function):  # type: ignore[misc]
         return grad[:, ctx.mine], None, None, None
 
 
+def _called(call: Callable[..., Any], run: Run, inputs: dict[str, Any]) -> Any:
+    token = _RUN.set(run)
+    try:
+        return call(**inputs)
+    finally:
+        _RUN.reset(token)
+
+
 # -- what transformers calls ----------------------------------------------------------------------------------
 
 
@@ -261,6 +298,10 @@ def attention(
     run = attention_mask.run
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sequence = run.sequence
+    if run.decoding is not None:
+        visible = attention_mask.of_token(run.decoding.length, run.decoding.positions)
+        out = run.decoding.attend(query, key, value, visible, scale, sequence.name_of(module))
+        return out.transpose(1, 2).contiguous(), None
     out = METHODS[sequence.method](
         sequence.comm, run.cut, query, key, value, attention_mask, scale, sequence.name_of(module)
     )

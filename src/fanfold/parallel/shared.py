@@ -46,10 +46,14 @@ class SharedGroup:
 
     Raises, from every call: UnitLost if a rank is gone, has failed, or is waited for longer than `timeout_s`;
     InternalError if ranks call different things. After that the group is of no more use: close it.
+    `names`: what errors call the ranks, where the group is a part of another.
     """
 
-    def __init__(self, path: str, rank: int, size: int, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, path: str, rank: int, size: int, timeout_s: float = 60.0, *, names: list[int] | None = None
+    ) -> None:
         self.rank, self.size = rank, size
+        self._names = names or list(range(size))
         self.timeout_s = timeout_s
         self._file = SharedFile(path, rank, size, timeout_s)
         self._map, self._words = self._file.map, self._file.words
@@ -322,20 +326,21 @@ class SharedGroup:
                 if found is not None and words[word] < least:  # it may have come before its rank ended
                     self._fail(self._lost(found))
             if waited_s > self.timeout_s:
-                where = "; ".join(f"rank {rank} {self._where(rank)}" for rank in self._others)
-                self._fail(self._lost(f"rank {other} is waited for since {waited_s:.1f} s: {where}"))
+                where = "; ".join(f"rank {self._names[rank]} {self._where(rank)}" for rank in self._others)
+                self._fail(self._lost(f"rank {self._names[other]} is waited for since {waited_s:.1f} s: {where}"))
             time.sleep(min(_LONGEST_NAP_S, waited_s / 8))
 
     def _trouble(self, other: int) -> str | None:
         """Why waiting for `other` is in vain: the first failure, a rank that is gone, or that it has left."""
         failure = self._file.first_failure()
         if failure is not None:
-            return f"the first cause is rank {failure[0]}'s, {failure[1]}"
+            return f"the first cause is rank {self._names[failure[0]]}'s, {failure[1]}"
         for rank in self._others:
             if self._file.ended(rank) == place.LIVE and self._file.state(rank) is None:
-                return f"rank {rank} is gone (process {self._file.pid(rank)} has ended); it {self._where(rank)}"
+                pid = self._file.pid(rank)
+                return f"rank {self._names[rank]} is gone (process {pid} has ended); it {self._where(rank)}"
         if self._file.ended(other) == place.CLOSED:
-            return f"rank {other} has left the group; it {self._where(other)}"
+            return f"rank {self._names[other]} has left the group; it {self._where(other)}"
         return None
 
     def _where(self, rank: int) -> str:
@@ -362,17 +367,22 @@ class SharedGroup:
 
     def _lost(self, found: str) -> UnitLost:
         return UnitLost(
-            f"rank {self.rank} of {self.size} {self._where(self.rank)}",
+            f"{self._own_name()} {self._where(self.rank)}",
             found=found,
             allowed=f"every rank alive and in the same call within {self.timeout_s:g} s",
             do="look at the rank named first; the group ends as a whole",
         )
 
+    def _own_name(self) -> str:
+        names = self._names
+        whole = names == list(range(self.size))
+        return f"rank {names[self.rank]} of " + (f"{self.size}" if whole else ", ".join(map(str, names)))
+
     def _mismatch(self, other: int, mine: Head, number: int, theirs: Head, their_number: int) -> NoReturn:
         self._fail(
             InternalError(
-                f"rank {self.rank} of {self.size} in {mine.at(number)}",
-                found=f"rank {other} is in {theirs.at(their_number)}",
+                f"{self._own_name()} in {mine.at(number)}",
+                found=f"rank {self._names[other]} is in {theirs.at(their_number)}",
                 allowed="the same call on every rank (all_gather: another first axis)",
                 do="report it with the model's config; --layout without this method computes the same",
             )

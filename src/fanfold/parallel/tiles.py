@@ -50,6 +50,16 @@ class Mask:
             self.held[key] = list(self._tiles(queries, keys))
         return self.held[key]
 
+    def of_token(self, position: int, keys: torch.Tensor) -> torch.Tensor | None:
+        """Which of the keys at these positions the token at `position`, behind all of them, sees: [B or 1, 1, 1, K]."""
+        seen = None if self.seen is None else self.seen[:, None, None, keys]
+        if self.pattern != "other":
+            return seen
+        rows = torch.arange(1 if self.seen is None else self.seen.shape[0])[:, None, None, None]
+        zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+        found = self.function(rows, zero, zero + position, keys[None, None, None, :])
+        return found if seen is None else found & seen
+
     def bias(self, tile: Tile, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """To add to scores, [B, 1, Q or 1, K] of 0 and -inf, and which queries see no key, [B, 1, Q or 1]."""
         visible = self._visible(tile)

@@ -25,13 +25,16 @@ def new_place() -> str:
     return f"{_GLOO}{tempfile.mkdtemp(prefix='fanfold-gloo-')}/store"
 
 
-def open_group(place: str, rank: int, size: int, timeout_s: float) -> TensorGroup:
-    """One rank's end; returns when all ranks are there. Both kinds have the same verbs. Raises what they raise."""
+def open_group(place: str, rank: int, size: int, timeout_s: float, *, names: list[int] | None = None) -> TensorGroup:
+    """One rank's end; returns when all ranks are there. Both kinds have the same verbs. Raises what they raise.
+
+    `names`: what errors of shared memory call the ranks, where the group is a part of another.
+    """
     from fanfold.parallel.tensors import GlooTensorGroup, TensorGroup
 
     if place.startswith(_GLOO):
         return cast("TensorGroup", GlooTensorGroup(place.removeprefix(_GLOO), rank, size, timeout_s))
-    return TensorGroup(place, rank, size, timeout_s)
+    return TensorGroup(place, rank, size, timeout_s, names=names)
 
 
 def remove(place: str) -> None:

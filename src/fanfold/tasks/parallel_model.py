@@ -51,21 +51,32 @@ class ParallelModel:
             raise
 
     def __call__(self, **inputs: Any) -> Any:
-        ids = inputs.get("input_ids")
-        if ids is not None and ids.shape[-1] < self.split.context:  # before the ranks fail over it
+        self._check(inputs.get("input_ids"))
+        self._ranks.ask("call", inputs)
+        return self._ranks.answer(ANSWER_S)
+
+    def generate(self, input_ids: Any, *, attention_mask: Any = None, seed: int | None = None, **options: Any) -> Any:
+        self._check(input_ids)
+        if self.split.context > 1 and self.split.pipeline > 1:
+            raise PlanError(
+                f"generate with --layout {self.split}",
+                found="stages and a cut sequence together",
+                allowed="context with tensor, or pipeline with tensor",
+                do="leave one of the two away",
+            )
+        values = {"input_ids": input_ids, "attention_mask": attention_mask, "seed": seed, "options": options}
+        self._ranks.ask("generate", values)
+        return self._ranks.answer(ANSWER_S)
+
+    def _check(self, ids: Any) -> None:
+        """PlanError before the ranks fail, and end, over it."""
+        if ids is not None and ids.shape[-1] < self.split.context:
             raise PlanError(
                 f"a sequence of {ids.shape[-1]} token(s) with --layout {self.split}",
                 found=f"{ids.shape[-1]} token(s) for {self.split.context} units",
                 allowed=f"at least {self.split.context} tokens: a unit has one at the least",
                 do="pad the batch, or use a smaller context",
             )
-        self._ranks.ask("call", inputs)
-        return self._ranks.answer(ANSWER_S)
-
-    def generate(self, input_ids: Any, *, attention_mask: Any = None, seed: int | None = None, **options: Any) -> Any:
-        values = {"input_ids": input_ids, "attention_mask": attention_mask, "seed": seed, "options": options}
-        self._ranks.ask("generate", values)
-        return self._ranks.answer(ANSWER_S)
 
     def close(self) -> None:
         """The group ends; twice is fine."""
