@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from fanfold.tasks.decode import Completion, Prompt, Work
+from fanfold.tasks.decode import Agree, Completion, Prompt, Work, alone
 from fanfold.tasks.sample import choose
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ class Alone:
         eos: frozenset[int],
         sampling: Sampling,
         stops: Callable[[list[list[int]]], list[bool]] | None = None,
+        agree: Agree = alone,
     ) -> None:
-        self._model = model
+        self._model, self.agree = model, agree
         self._eos, self._sampling, self._stops = eos, sampling, stops
         found = model.generation_config
         self._forced_end = getattr(found, "forced_eos_token_id", None)
@@ -96,18 +97,22 @@ class _Steps(LogitsProcessor):  # type: ignore[misc]
         start = [] if decoder_only else input_ids[0, :1].tolist()
         heads = [list(prompt.ids) if decoder_only else start for prompt in self._prompts]
         live = [number for number, alive in enumerate(self.live) if alive]
-        logits = scores[live].to(device="cpu", dtype=torch.float32, copy=True)
-        for place, number in enumerate(live):
-            guide = self._prompts[number].guide
-            if guide is not None:
-                guide.restrict(logits[place])
-        tokens = choose(
-            logits,
-            alone._sampling,
-            seen=[heads[number] + self.found[number].ids for number in live],
-            rows=[self._prompts[number].row for number in live],
-            positions=[self.count] * len(live),
-        )
+
+        def chosen() -> list[int]:
+            logits = scores[live].to(device="cpu", dtype=torch.float32, copy=True)
+            for place, number in enumerate(live):
+                guide = self._prompts[number].guide
+                if guide is not None:
+                    guide.restrict(logits[place])
+            return choose(
+                logits,
+                alone._sampling,
+                seen=[heads[number] + self.found[number].ids for number in live],
+                rows=[self._prompts[number].row for number in live],
+                positions=[self.count] * len(live),
+            )
+
+        tokens = alone.agree(chosen)
         self.count += 1
         for number, token in zip(live, tokens, strict=True):
             self._take(number, token, heads[number])
