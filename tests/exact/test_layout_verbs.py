@@ -43,7 +43,7 @@ def same_labels(found, expected):
     ("family", "layout", "on"),
     [
         ("bert", "tensor=2", "cpu:4"),
-        ("gpt2-no-pad", "pipeline=2", "cpu:2"),
+        pytest.param("gpt2-no-pad", "pipeline=2", "cpu:2", marks=pytest.mark.nightly),
         pytest.param("llama", "tensor=2,pipeline=2", "cpu:4", marks=pytest.mark.nightly),
         pytest.param("gpt2-no-pad", "tensor=2", "cpu:2", marks=pytest.mark.nightly),
         pytest.param("bert", "pipeline=2", "cpu:2", marks=pytest.mark.nightly),
@@ -70,7 +70,7 @@ def test_classify_gives_the_labels_and_scores_of_the_whole_model(docs, tmp_path,
     [
         ("Llama", "tensor=2", "cpu:4"),
         ("GPT2", "pipeline=2", "cpu:2"),
-        ("Bloom", "pipeline=2", "cpu:2"),  # by transformers' own generate
+        pytest.param("Bloom", "pipeline=2", "cpu:2", marks=pytest.mark.nightly),  # by transformers' own generate
         pytest.param("GPT2", "tensor=2", "cpu:2", marks=pytest.mark.nightly),
         pytest.param("Llama", "tensor=2,pipeline=2", "cpu:4", marks=pytest.mark.nightly),
         pytest.param("Bloom", "tensor=2", "cpu:2", marks=pytest.mark.nightly),

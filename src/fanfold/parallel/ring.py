@@ -24,7 +24,7 @@ class Tokens:
         if world is None:
             return choose()
         if world.rank != self._lead:
-            return world.recv(self._lead, "tokens").tolist()
+            return [int(token) for token in world.recv(self._lead, "tokens")]
         tokens = choose()
         for rank in range(world.size):
             if rank != self._lead:

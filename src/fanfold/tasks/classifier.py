@@ -6,6 +6,7 @@ Shapes: B sequences, L padded length, C labels.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import PlanError
@@ -102,8 +103,8 @@ class Classifier:
         self._pad_id = next(choice for choice in choices if isinstance(choice, int) and choice >= 0)
         if config.pad_token_id is None and not token:
             # Heads named score read the last token, and need a padding token to find it among several rows.
-            give = model.apply(_give_every_position, pad_id=self._pad_id) if split else None
-            self._every_position = give if split else every_position(model, self._pad_id)
+            give = partial(model.apply, _give_every_position) if split else partial(every_position, model)
+            self._every_position = bool(give(pad_id=self._pad_id))
         # What the tokenizer does not give is not the same as zeros: GPT-2 takes them for tokens.
         taken = set(inspect.signature(cls.forward).parameters)
         self._takes = frozenset(taken & {"use_cache", *self.tokenizer.model_input_names})

@@ -1,4 +1,4 @@
-"""Completions by a model that lies on several processes: each of them decodes the whole piece, on its share of the model.
+"""Completions by a model that lies on several processes: each decodes the whole piece, on its share of the model.
 
 Prompts go in and completions come out; between them ranks exchange what their layers need, and stages the tokens.
 """
