@@ -79,6 +79,7 @@ class GenerateFlags(Flags):
     json_schema: str | None = None
     merge: str | None = None
     kv_memory: str | None = None
+    layout: str | None = None
 
     verb: ClassVar[str] = "generate"
 
@@ -97,6 +98,7 @@ class ClassifyFlags(Flags):
     aggregation: str | None = None
     max_length: int | None = None
     merge: str | None = None
+    layout: str | None = None
 
     verb: ClassVar[str] = "classify"
 

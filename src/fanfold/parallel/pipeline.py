@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fanfold.errors import PlanError
+from fanfold.parallel.signature import returns_tuple
 from fanfold.parallel.tensors import array_of, tensor_of
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ class _Pass(nn.Module):  # type: ignore[misc]
             if hasattr(block, name):
                 setattr(self, name, getattr(block, name))
         self._number = number
-        self._tuple = _returns_tuple(block)
+        self._tuple = returns_tuple(type(block))
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
@@ -195,12 +196,6 @@ class _Pass(nn.Module):  # type: ignore[misc]
             nothing = hidden_states.new_zeros((hidden_states.shape[0], 1, hidden_states.shape[1], 1))
             cache.update(nothing, nothing, self._number)
         return (hidden_states,) if self._tuple else hidden_states
-
-
-def _returns_tuple(block: Any) -> bool:
-    """As the block's forward says that it returns."""
-    told = str(getattr(type(block).forward, "__annotations__", {}).get("return", ""))
-    return "tuple" in told.lower()
 
 
 class _Zeros(nn.Module):  # type: ignore[misc]

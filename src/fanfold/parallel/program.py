@@ -10,9 +10,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fanfold.parallel.mesh import Split
     from fanfold.parallel.pipeline import Stage
+    from fanfold.parallel.split import Share
     from fanfold.parallel.tensors import TensorGroup
 
 LOAD_S = 600.0  # within which all ranks must have read their shares
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Here:
+    """What a function finds that every rank calls at once (`apply`); the lead's result goes to the caller."""
+
+    share: Share
+    world: TensorGroup | None  # all ranks, where there are pipeline stages
+    lead: int
+    rank: int
+    kept: dict[str, Any]  # from call to call
+    channel: Any
+
+    def beat(self, tokens: int) -> None:
+        """The caller learns that work goes on."""
+        if self.rank == self.lead:
+            self.channel.send(Beat(tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Not a result: so many tokens are done."""
+
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +65,7 @@ class Ranks:
         between = world if split.pipeline > 1 else None
         lead = (split.pipeline - 1) * split.width
         model: Any = None
+        kept: dict[str, Any] = {}
         try:
             while True:
                 verb, values = channel.receive()
@@ -52,7 +78,7 @@ class Ranks:
                         getattr(torch, values["dtype"]),
                         split=split,
                         world=between,
-                        base=values["base"],
+                        head=values["head"],
                         context=context,
                     )
                     model = share.model
@@ -71,6 +97,12 @@ class Ranks:
                     comm.forget()
                     if rank == lead:
                         channel.send(answer)
+                elif verb == "apply":
+                    here = Here(share=share, world=between, lead=lead, rank=rank, kept=kept, channel=channel)
+                    found = values["function"](here, **values["values"])
+                    comm.forget()
+                    if rank == lead:
+                        channel.send(found)
                 elif verb == "generate":
                     sequence = share.sequence
                     if sequence is not None:

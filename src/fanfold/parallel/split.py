@@ -6,7 +6,7 @@ import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from fanfold.parallel.shared import SharedGroup
 
 _QUANTISED = "quantization_config"
+HeadKind = Literal["own", "none", "causal", "sequence", "token"]
+_MAPPINGS = {
+    "own": "MODEL_MAPPING",
+    "none": "MODEL_MAPPING",
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "sequence": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "token": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+}
 
 
 @dataclass(slots=True)
@@ -49,14 +57,22 @@ class Share:
         return self.sequence.forward(self.stage.forward, **inputs)
 
 
-def architecture(config: Any, *, base: bool = False) -> Any:
-    """The class that the config names; the `base` model where that is asked for, or where it names none."""
+def architecture(config: Any, *, head: HeadKind = "own") -> Any:
+    """The class of the config's models with this head: as it says itself, none, or of one kind. Raises PlanError."""
     import transformers
 
-    for name in () if base else config.architectures or ():
+    for name in config.architectures or () if head == "own" else ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    return transformers.MODEL_MAPPING[type(config)]
+    classes = getattr(transformers, _MAPPINGS[head])
+    if type(config) not in classes:
+        raise PlanError(
+            f"splitting a {config.model_type}",
+            found=f"no class in transformers.{_MAPPINGS[head]}",
+            allowed="a model that has such a head",
+            do="choose another model",
+        )
+    return classes[type(config)]
 
 
 def config_of(folder: str | Path) -> Any:
@@ -88,16 +104,16 @@ def load_share(
     *,
     split: Split | None = None,
     world: SharedGroup | None = None,
-    base: bool = False,
+    head: HeadKind = "own",
     context: Comm | None = None,
 ) -> Share:
     """The rank's share of the checkpoint; nothing else of it is read or held.
 
     `comm`: the ranks that share layers. `world`: all ranks, where there are pipeline stages. `context`: the ranks that
-    share a sequence, where it is cut. `base`: the model without its head.
+    share a sequence, where it is cut. `head`: as for `architecture`.
     """
     config = config_of(folder)
-    model = empty_model(config, architecture(config, base=base), dtype)
+    model = empty_model(config, architecture(config, head=head), dtype)
     sequence = None
     if split is not None and context is not None and context.size > 1:
         sequence = Sequence(model, context, split.context_method)
@@ -108,6 +124,10 @@ def load_share(
     share.stage = Stage(share.model, rank // width, stages, world, width)
     share.stage.cut()
     fill(share, open_files(Path(folder), str(folder)), dtype, str(folder))
+    if (Path(folder) / "generation_config.json").exists() and share.model.can_generate():
+        from transformers import GenerationConfig
+
+        share.model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     register_gradients(share, comm)
     if sequence is not None:
         sequence.sum_gradients()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from fanfold.tasks.decode import Completion, Prompt, Work
+from fanfold.tasks.decode import Agree, Completion, Prompt, Work, alone
 from fanfold.tasks.sample import choose
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ class Alone:
         eos: frozenset[int],
         sampling: Sampling,
         stops: Callable[[list[list[int]]], list[bool]] | None = None,
+        agree: Agree = alone,
     ) -> None:
-        self._model = model
+        self._model, self.agree = model, agree
         self._eos, self._sampling, self._stops = eos, sampling, stops
         found = model.generation_config
         self._forced_end = getattr(found, "forced_eos_token_id", None)
@@ -91,40 +92,44 @@ class _Steps(LogitsProcessor):  # type: ignore[misc]
         self.count = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        alone = self._alone
-        decoder_only = not alone._model.config.is_encoder_decoder
+        owner = self._alone
+        decoder_only = not owner._model.config.is_encoder_decoder
         start = [] if decoder_only else input_ids[0, :1].tolist()
         heads = [list(prompt.ids) if decoder_only else start for prompt in self._prompts]
         live = [number for number, alive in enumerate(self.live) if alive]
-        logits = scores[live].to(device="cpu", dtype=torch.float32, copy=True)
-        for place, number in enumerate(live):
-            guide = self._prompts[number].guide
-            if guide is not None:
-                guide.restrict(logits[place])
-        tokens = choose(
-            logits,
-            alone._sampling,
-            seen=[heads[number] + self.found[number].ids for number in live],
-            rows=[self._prompts[number].row for number in live],
-            positions=[self.count] * len(live),
-        )
+
+        def chosen() -> list[int]:
+            logits = scores[live].to(device="cpu", dtype=torch.float32, copy=True)
+            for place, number in enumerate(live):
+                guide = self._prompts[number].guide
+                if guide is not None:
+                    guide.restrict(logits[place])
+            return choose(
+                logits,
+                owner._sampling,
+                seen=[heads[number] + self.found[number].ids for number in live],
+                rows=[self._prompts[number].row for number in live],
+                positions=[self.count] * len(live),
+            )
+
+        tokens = owner.agree(chosen)
         self.count += 1
         for number, token in zip(live, tokens, strict=True):
             self._take(number, token, heads[number])
-        chosen = torch.full_like(scores, -float("inf"))
+        forced = torch.full_like(scores, -float("inf"))
         for number, completion in enumerate(self.found):
-            chosen[number, completion.ids[-1]] = 0.0
-        return chosen
+            forced[number, completion.ids[-1]] = 0.0
+        return forced
 
     def _take(self, number: int, token: int, head: list[int]) -> None:
-        alone, prompt, found = self._alone, self._prompts[number], self.found[number]
+        owner, prompt, found = self._alone, self._prompts[number], self.found[number]
         last = len(found.ids) + 1 >= prompt.limit
-        if last and alone._forced_end is not None:
-            token = alone._forced_end if isinstance(alone._forced_end, int) else alone._forced_end[0]
+        if last and owner._forced_end is not None:
+            token = owner._forced_end if isinstance(owner._forced_end, int) else owner._forced_end[0]
         found.ids.append(token)
         stop = prompt.guide.accept(token) if prompt.guide is not None else False
-        stop = stop or token in alone._eos
-        stop = stop or (alone._stops is not None and alone._stops([head + found.ids])[0])
+        stop = stop or token in owner._eos
+        stop = stop or (owner._stops is not None and owner._stops([head + found.ids])[0])
         if stop and not prompt.filler:
             found.reason, self.live[number] = "stop", False
         elif last:

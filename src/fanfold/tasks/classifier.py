@@ -6,16 +6,20 @@ Shapes: B sequences, L padded length, C labels.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import PlanError
+from fanfold.parallel.mesh import Split
 from fanfold.tasks.loading import open_model, open_tokenizer
+from fanfold.tasks.parallel_model import ParallelModel, ends_with_its_group
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
 
+    from fanfold.parallel.program import Here
     from fanfold.plan.numerics import Dtype
     from fanfold.tasks.classify import Member
 
@@ -27,16 +31,17 @@ _SAME = {"float32": 1e-3, "bfloat16": 0.25}  # of outputs, beside their spread
 class Classifier:
     """Tokenizer at the first use, model at `load`."""
 
-    def __init__(self, member: Member, device: str, dtype: Dtype) -> None:
+    def __init__(self, member: Member, device: str, dtype: Dtype, split: Split | None = None) -> None:
         self.member = member
         self.device = device
         self.dtype = dtype
+        self.split = split or Split()
         self._tokenizer: Any = None
         self._model: Any = None
         self._pad_id = 0
         self._takes: frozenset[str] = frozenset()  # names of the model's arguments
         self._left = False  # where the padding stands
-        self._every_position: list[Any] | None = None  # outputs of all positions, where the model cannot choose
+        self._every_position = False  # whether it gives outputs of all positions, as it cannot choose the last
 
     # -- tokens ---------------------------------------------------------------------------------------
 
@@ -83,21 +88,25 @@ class Classifier:
         import transformers
 
         token = self.member.head.kind == "token"
-        loader = transformers.AutoModelForTokenClassification if token else None
-        loader = loader or transformers.AutoModelForSequenceClassification
-        model = open_model(loader, self.member.checkpoint, dtype=getattr(torch, self.dtype)).to(self.device)
-        if model.config.num_labels != len(self.member.head.labels):
-            raise self._unusable(f"{model.config.num_labels} outputs for {len(self.member.head.labels)} labels")
-        config = model.config.get_text_config()
+        split = self.split.units > 1
+        if split:
+            model, cls, model_config = self._open_split()
+        else:
+            loader = transformers.AutoModelForTokenClassification if token else None
+            loader = loader or transformers.AutoModelForSequenceClassification
+            model = open_model(loader, self.member.checkpoint, dtype=getattr(torch, self.dtype)).to(self.device)
+            cls, model_config = type(model), model.config
+        if model_config.num_labels != len(self.member.head.labels):
+            raise self._unusable(f"{model_config.num_labels} outputs for {len(self.member.head.labels)} labels")
+        config = model_config.get_text_config()
         choices = (config.pad_token_id, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self._pad_id = next(choice for choice in choices if isinstance(choice, int) and choice >= 0)
-        if config.pad_token_id is None and not token and hasattr(model, "score"):
-            # Such heads read the last token, and need a padding token to find it among several rows.
-            config.pad_token_id = self._pad_id
-            self._every_position = []
-            model.score.register_forward_hook(lambda _, __, output: self._every_position.append(output))
+        if config.pad_token_id is None and not token:
+            # Heads named score read the last token, and need a padding token to find it among several rows.
+            give = partial(model.apply, _give_every_position) if split else partial(every_position, model)
+            self._every_position = bool(give(pad_id=self._pad_id))
         # What the tokenizer does not give is not the same as zeros: GPT-2 takes them for tokens.
-        taken = set(inspect.signature(model.forward).parameters)
+        taken = set(inspect.signature(cls.forward).parameters)
         self._takes = frozenset(taken & {"use_cache", *self.tokenizer.model_input_names})
         self._model = model
         self._left = self.member.checkpoint.model_type == "xlnet"  # its summary is the last position
@@ -106,6 +115,16 @@ class Classifier:
         except BaseException:
             self._model = None
             raise
+
+    def _open_split(self) -> tuple[ParallelModel, Any, Any]:
+        """The model over several processes, its class and its config."""
+        from fanfold.parallel.split import architecture, config_of
+
+        folder, head = self.member.checkpoint.path, self.member.head.kind
+        config = config_of(folder)
+        cls = architecture(config, head=head)
+        model = ParallelModel(str(folder), self.split, dtype=self.dtype, timeout_s=60.0, head=head)
+        return model, cls, config
 
     def _check_padding(self) -> None:
         """PlanError where a row's outputs depend on how far it is padded: another architecture's rule."""
@@ -150,14 +169,28 @@ class Classifier:
         tensors: dict[str, Any] = {name: torch.from_numpy(value).to(self.device) for name, value in inputs.items()}
         if "use_cache" in self._takes:
             tensors["use_cache"] = False
-        with torch.inference_mode():
+        with torch.inference_mode(), ends_with_its_group():
             logits = self._model(**tensors).logits
-            if self._every_position is not None:
-                every_BLC = self._every_position.pop()
+            if self._every_position:
                 last_B = tensors["attention_mask"].sum(dim=1).clamp(min=1) - 1
-                logits = every_BLC[torch.arange(len(last_B), device=last_B.device), last_B]
+                logits = logits[torch.arange(len(last_B), device=last_B.device), last_B]
             found: np.ndarray = logits.to(torch.float32).cpu().numpy()
         if self._left and self.member.head.kind == "token":
             behind = [np.roll(row, len(tokens) - length, axis=0) for row, tokens in zip(found, sequences, strict=True)]
             return np.stack(behind)
         return found
+
+
+def every_position(model: Any, pad_id: int) -> bool:
+    """From now on the model's logits are those of all positions [B, L, C], where its head can give them."""
+    if not hasattr(model, "score"):
+        return False
+    found: list[Any] = []
+    model.config.get_text_config().pad_token_id = pad_id
+    model.score.register_forward_hook(lambda _, __, output: found.append(output))
+    model.register_forward_hook(lambda _, __, out: setattr(out, "logits", found.pop()))
+    return True
+
+
+def _give_every_position(here: Here, pad_id: int) -> bool:
+    return every_position(here.share.model, pad_id)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from fanfold import extras
 from fanfold.errors import PlanError, RequestError
+from fanfold.parallel.mesh import Split
 from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, num_matmul_weights
 from fanfold.tasks.entities import AGGREGATIONS, Aggregation
 from fanfold.tasks.labels import Function, LabelHead, checked_length, read_label_head, reranker_function, same_labels
+from fanfold.tasks.layouts import read_layout, shown_layout
 from fanfold.tasks.scores import Merge
 from fanfold.tasks.task import Column
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 TEMPLATE = "This example is {}."
 THRESHOLD = 0.5  # of independent scores
 _MERGES = get_args(Merge)
+_WHOLE = Split()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,7 @@ class Classify:
     aggregation: Aggregation = "simple"
     merge: Merge | None = None
     asked_length: int | None = None
+    split: Split = _WHOLE
 
     @property
     def name(self) -> str:
@@ -141,11 +145,12 @@ class Classify:
             "merge": self.merge,
             "max_length": self.asked_length,
             "dtype": self.dtype,
+            **({"layout": str(self.split)} if self.split.units > 1 else {}),
         }
 
     @property
     def numerics(self) -> dict[str, Any]:
-        return {}
+        return {"layout": str(self.split)} if self.split.units > 1 else {}
 
     @property
     def reference(self) -> str | list[str]:
@@ -186,6 +191,8 @@ class Classify:
             lines["labels"] = f"{_named(self.labels)} in {self.template!r}, {kind}"
         else:
             lines["labels"] = f"{_named(self.labels)}, scores by {self.function}"
+        if self.split.units > 1:
+            lines["layout"] = shown_layout(self.split)
         lines["length"] = f"at most {self.members[0].max_length} tokens a {'pair' if self.pair else 'text'}"
         return lines
 
@@ -237,6 +244,7 @@ def make_classify(
     threshold: float | None = None,
     aggregation: str | None = None,
     merge: str | None = None,
+    layout: str | None = None,
 ) -> Classify:
     """The task for one or several checkpoints, everything checked that can be checked without torch."""
     if dtype not in ("float32", "bfloat16"):
@@ -309,6 +317,7 @@ def make_classify(
         aggregation=aggregation or "simple",  # type: ignore[arg-type]
         merge=merge,  # type: ignore[arg-type]
         asked_length=max_length,
+        split=read_layout(layout, [member.checkpoint for member in members], verb="classify"),
     )
 
 

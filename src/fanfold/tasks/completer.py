@@ -161,8 +161,13 @@ class GenerateOnUnit:
         """The model stands in memory; twice is fine."""
         if self._decoder is None:
             self._open_tokenizer()
-            self._model = self._load_model()
-            self._decoder = self._make_decoder()
+            if self.task.split.units > 1:
+                from fanfold.tasks.split_decode import SplitDecoder
+
+                self._decoder = SplitDecoder(self.task)
+            else:
+                self._model = self._load_model()
+                self._decoder = self.make_decoder(self._model, steps=continuous(self._model))
 
     def _load_model(self) -> Any:
         import torch
@@ -175,24 +180,27 @@ class GenerateOnUnit:
         dtype = torch.float32 if task.dtype == "float32" else torch.bfloat16
         return quicken(open_model(loader, task.checkpoint, dtype=dtype).to(self.device))
 
-    def _make_decoder(self) -> Any:
+    def make_decoder(self, model: Any, *, steps: bool, run: Any = None, agree: Any = None) -> Any:
+        """What completes prompts with this model; `steps`: whether sequences may share a step. Else as of Decoder."""
         from fanfold.tasks.alone import Alone
         from fanfold.tasks.decode import Decoder
         from fanfold.tasks.kv import ATTENTION
         from fanfold.tasks.stops import StopStrings
 
-        task, model = self.task, self._model
+        task = self.task
+        self._open_tokenizer()
         eos = end_tokens(model)
         settings: dict[str, Any] = {
             "eos": eos,
             "sampling": task.sampling,
             "stops": StopStrings(self._tokenizer, task.stop) if task.stop else None,
+            **({} if agree is None else {"agree": agree}),
         }
         if task.schema is not None:
             self._guides = Guides(self._tokenizer, task.schema, vocabulary=self._vocabulary, eos=eos)
-        if continuous(model):
+        if steps:
             model.set_attn_implementation(ATTENTION)
-            return Decoder(model, kv_tokens=task.kv_tokens, **settings)
+            return Decoder(model, kv_tokens=task.kv_tokens, run=run, **settings)
         return Alone(model, **settings)
 
     def compute(self, batch: ModelBatch) -> dict[str, Any]:
@@ -228,13 +236,18 @@ class GenerateOnUnit:
 
         self.load()
         prompts = [
-            Prompt(ids=one.ids, limit=one.limit, row=row, filler=place in fillers, guide=self._guide(place in fillers))
+            Prompt(ids=one.ids, limit=one.limit, row=row, filler=place in fillers, guide=self.guide(place in fillers))
             for place, (one, row) in enumerate(zip(asked, rows, strict=True))
         ]
-        found: list[Completion] = self._decoder.complete(prompts, beat)
+        try:
+            found: list[Completion] = self._decoder.complete(prompts, beat)
+        except BaseException:
+            if self.task.split.units > 1:
+                self._decoder = None  # the group ends with what it was doing
+            raise
         return found
 
-    def _guide(self, is_filler: bool) -> Any:
+    def guide(self, is_filler: bool) -> Any:
         return None if self._guides is None or is_filler else self._guides.new()
 
     def _values(self, prompt: Sequence[int], completion: Completion) -> dict[str, Any]:

@@ -9,6 +9,7 @@ and values have room; what a row computes then is the same on any unit, after an
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,11 +20,19 @@ from fanfold.tasks.prefixes import shared_prefixes
 from fanfold.tasks.sample import choose
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from fanfold.tasks.guide import Guide
     from fanfold.tasks.kv import Region
     from fanfold.tasks.sample import Sampling
+
+Agree = Callable[[Callable[[], list[int]]], list[int]]
+
+
+def alone(choose: Callable[[], list[int]]) -> list[int]:
+    """Nobody else has to know."""
+    return choose()
+
 
 SLOTS = 64  # sequences at a time; more gain little, as keys and values are read for each of them alone
 STEP_TOKENS = 256  # where a product with the weights reaches its full rate (docs/log.md)
@@ -92,7 +101,9 @@ def places_needed(prompt: Prompt) -> int:
 class Decoder:
     """A causal model loaded with kv.ATTENTION, and the arena for its keys and values.
 
-    stops(histories) says which sequences, prompt included, now end with a stop string.
+    stops(histories) says which sequences, prompt included, now end with a stop string. Where the model lies on
+    several processes, each of them decodes all: `run` computes a step, with None on a stage that has no logits, and
+    `agree` makes the tokens of the one that chooses those of all.
     """
 
     def __init__(
@@ -105,8 +116,11 @@ class Decoder:
         stops: Callable[[list[list[int]]], list[bool]] | None = None,
         slots: int = SLOTS,
         step_tokens: int = STEP_TOKENS,
+        run: Callable[..., Any] | None = None,
+        agree: Agree = alone,
     ) -> None:
-        self._model = model
+        self._model, self.agree = model, agree
+        self._run = model if run is None else run
         self._device = model.device
         self.cache = ArenaCache(model.config.get_text_config(decoder=True).num_hidden_layers, kv_tokens)
         self.eos, self.sampling, self.stops = eos, sampling, stops
@@ -135,13 +149,15 @@ class Decoder:
         """Logits float32 [len(last), V] behind the tokens of the line that `last` names."""
         self.cache.segments = Segments(line.segments)
         with active(self.cache):
-            out = self._model(
+            out = self._run(
                 input_ids=torch.tensor([line.ids], device=self._device),
                 position_ids=torch.tensor([line.positions], device=self._device),
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=torch.tensor(last, device=self._device),
             )
+            if out is None:
+                return torch.empty((len(last), 0))
             logits: torch.Tensor = out.logits[0].to(device="cpu", dtype=torch.float32, copy=True)
         return logits
 
@@ -293,16 +309,20 @@ class _Piece:
         if d.trace is not None:
             d.trace += [(s.number, logits[i].clone()) for i, s in enumerate(ready)]
         guides = [self._prompts[s.number].guide for s in ready]
-        for number, guide in enumerate(guides):
-            if guide is not None:
-                guide.restrict(logits[number])
-        tokens = choose(
-            logits,
-            d.sampling,
-            seen=[s.ids for s in ready],
-            rows=[self._prompts[s.number].row for s in ready],
-            positions=[len(s.ids) - s.prompt for s in ready],
-        )
+
+        def chosen() -> list[int]:
+            for number, guide in enumerate(guides):
+                if guide is not None:
+                    guide.restrict(logits[number])
+            return choose(
+                logits,
+                d.sampling,
+                seen=[s.ids for s in ready],
+                rows=[self._prompts[s.number].row for s in ready],
+                positions=[len(s.ids) - s.prompt for s in ready],
+            )
+
+        tokens = d.agree(chosen)
         d.work.completion_tokens += len(tokens)
         for sequence, token in zip(ready, tokens, strict=True):
             sequence.ids.append(token)

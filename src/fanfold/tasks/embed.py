@@ -6,22 +6,19 @@ Shapes: B rows of the batch, L padded length, H hidden size, D width of the embe
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fanfold import extras
-from fanfold.engine.supervisor import IN_WORKER
-from fanfold.errors import InputError, InternalError, PlanError, RequestError, UnitLost, cause_line
+from fanfold.errors import InputError, InternalError, PlanError, RequestError, cause_line
 from fanfold.machine.discover import discover
-from fanfold.parallel.families import check_split
-from fanfold.parallel.mesh import Split, parse_split
+from fanfold.parallel.mesh import Split
 from fanfold.tasks import compiled
 from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, first_of, num_matmul_weights
 from fanfold.tasks.chunking import Chunking, make_chunking, mean_of_parts, prepared_parts
+from fanfold.tasks.layouts import read_layout, shown_layout
 from fanfold.tasks.loading import open_model, open_tokenizer
-from fanfold.tasks.parallel_model import ParallelModel
+from fanfold.tasks.parallel_model import ParallelModel, ends_with_its_group
 from fanfold.tasks.pooling import Head, num_positions, read_head, weights_of
 from fanfold.tasks.task import Column, ModelBatch, Prepared
 
@@ -138,7 +135,7 @@ class Embed:
             "length": self.chunking.shown if self.chunking else f"at most {self.max_length} tokens a text",
         }
         if self.split.units > 1:
-            lines["layout"] = f"{self.split}: {self.split.units} processes share one model"
+            lines["layout"] = shown_layout(self.split)
         if self.prompt:
             lines["prompt"] = repr(self.prompt)
         return lines
@@ -199,9 +196,7 @@ def make_embed(
         if not extras.has(module):
             extras.need(module, extra="torch", purpose=f"embedding with {checkpoint.shown}")
     head = read_head(checkpoint)
-    split = parse_split(layout) if layout else Split()
-    if split.units > 1:
-        check_split(SimpleNamespace(**_with_defaults(checkpoint)), split)
+    split = read_layout(layout, [checkpoint], verb="embed", context=True)
     chunking = make_chunking(chunk, overlap, merge, context=num_positions(checkpoint), shown=checkpoint.shown)
     if chunking is not None and max_length is not None:
         raise RequestError(
@@ -219,13 +214,6 @@ def make_embed(
         prompt=_prompt(checkpoint, head, prefix_text, prompt_name),
         dtype=dtype,
     )
-
-
-def _with_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config with the names that the check of a layout asks for; what it leaves out is refused on the units."""
-    config = checkpoint.config
-    layers = first_of(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    return {**config, "model_type": checkpoint.model_type, "num_hidden_layers": layers or 1}
 
 
 def _checked_length(checkpoint: Checkpoint, head: Head, asked: int | None) -> int:
@@ -378,7 +366,7 @@ class EmbedOnUnit:
         if self.task.split.units > 1:
             forward: Callable[[Any, Any], Any] = self._over_processes
             self._model = ParallelModel(
-                str(self.task.checkpoint.path), self.task.split, dtype=self.task.dtype, timeout_s=60.0, base=True
+                str(self.task.checkpoint.path), self.task.split, dtype=self.task.dtype, timeout_s=60.0, head="none"
             )
         elif self._library is not None:
             forward = compiled.load(self._library)
@@ -393,13 +381,8 @@ class EmbedOnUnit:
         return self._model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
 
     def _over_processes(self, ids_BL: Any, mask_BL: Any) -> Any:
-        try:
+        with ends_with_its_group():
             return self._model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
-        except UnitLost as error:
-            if not os.environ.get(IN_WORKER):
-                raise
-            print(error, file=sys.stderr, flush=True)
-            os._exit(70)  # the group is one unit, and it is gone: its supervisor starts another
 
     def traced(self) -> Any:
         """The loaded model as a module of (ids, mask) -> hidden states, for torch.export."""

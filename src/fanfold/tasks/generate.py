@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from fanfold import extras
 from fanfold.errors import PlanError, RequestError
+from fanfold.parallel.mesh import Split
 from fanfold.quantity import parse_bytes
 from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, first_of, num_matmul_weights, optional_json
 from fanfold.tasks.guide import read_schema
+from fanfold.tasks.layouts import read_layout, shown_layout
 from fanfold.tasks.prompts import Prompting
 from fanfold.tasks.sample import Sampling
 from fanfold.tasks.task import Column
@@ -28,6 +30,7 @@ NEW_TOKENS = 256
 PIECE_TOKENS = 24_576  # of prompts and answers: about two minutes of a GPT-2 on one core
 KV_BYTES = 1_500_000_000  # keys and values of all sequences of a unit
 _MOST_KV_TOKENS = 65_536
+_WHOLE = Split()
 _HEADS = {
     "ForCausalLM": "generate",
     "LMHeadModel": "generate",
@@ -55,6 +58,7 @@ class Generate:
     kv_token_bytes: int
     kv_memory: str | None  # as it was asked for
     dtype: Dtype
+    split: Split = _WHOLE
 
     @property
     def name(self) -> str:
@@ -79,7 +83,8 @@ class Generate:
 
     @property
     def numerics(self) -> dict[str, Any]:
-        return {"batch_tokens": PIECE_TOKENS, "order": "dealt"}
+        layout = {"layout": str(self.split)} if self.split.units > 1 else {}
+        return {"batch_tokens": PIECE_TOKENS, "order": "dealt", **layout}
 
     @property
     def counted(self) -> tuple[str, ...]:
@@ -156,6 +161,7 @@ class Generate:
             "json_schema": None if self.schema is None else json.loads(self.schema),
             "kv_memory": self.kv_memory,
             "dtype": self.dtype,
+            **({"layout": str(self.split)} if self.split.units > 1 else {}),
         }
 
     @property
@@ -186,6 +192,8 @@ class Generate:
             lines["stop"] = ", ".join(map(repr, self.stop))
         if self.schema is not None:
             lines["output"] = "JSON that the schema allows"
+        if self.split.units > 1:
+            lines["layout"] = shown_layout(self.split)
         return lines
 
     def open(self, unit: Unit, numerics: Numerics) -> GenerateOnUnit:
@@ -214,6 +222,7 @@ def make_generate(
     revision: str | None = None,
     dtype: Dtype = "float32",
     kv_memory: str | None = None,
+    layout: str | None = None,
 ) -> Generate | GenerateVote:
     """The task for one checkpoint, or several that vote; everything checked that can be checked without torch."""
     from fanfold.tasks.voting import GenerateVote, check_merge
@@ -251,6 +260,7 @@ def make_generate(
         )
     check_merge(len(refs), merge)
     checkpoints = [_checked(find_checkpoint(ref, revision=revision), chat=chat) for ref in refs]
+    split = read_layout(layout, checkpoints, verb="generate")
     schema = None if json_schema is None else read_schema(json_schema)
     kv_bytes = (KV_BYTES if kv_memory is None else parse_bytes(kv_memory, name="--kv-memory")) // len(refs)
     members = []
@@ -270,6 +280,7 @@ def make_generate(
                 kv_token_bytes=token_bytes,
                 kv_memory=kv_memory,
                 dtype=dtype,
+                split=split,
             )
         )
     return members[0] if len(members) == 1 else GenerateVote(members=tuple(members))

@@ -33,7 +33,7 @@ class ClassifyOnUnit:
     def __init__(self, task: Classify, device: str, batch_tokens: int) -> None:
         self.task = task
         self.batch_tokens = batch_tokens
-        self.models = [Classifier(member, device, task.dtype) for member in task.members]
+        self.models = [Classifier(member, device, task.dtype, task.split) for member in task.members]
         self.hypotheses = [task.template.format(label) for label in task.candidates]
 
     def prepare(self, texts: Sequence[str], rows: Sequence[int] = ()) -> Prepared:

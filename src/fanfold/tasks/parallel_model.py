@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fanfold.engine.group import Group
-from fanfold.engine.supervisor import Supervisor
-from fanfold.errors import PlanError
+from fanfold.engine.supervisor import IN_WORKER, Supervisor
+from fanfold.errors import PlanError, UnitLost
+from fanfold.parallel.program import Beat
 from fanfold.parallel.transport import new_place, remove
 from fanfold.plan.plan import Unit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from fanfold.parallel.mesh import Split
+    from fanfold.parallel.split import HeadKind
 
 LOAD_S = 600.0
 ANSWER_S = 600.0
@@ -25,7 +32,7 @@ class ParallelModel:
     `model(input_ids=..., attention_mask=...)`: transformers' own output, whole, without keys and values.
     `model.generate(input_ids, ...)`: token ids [B, prompt + new], greedy; with do_sample=True drawn, so that a row's
     draws depend on seed, row and position alone (temperature, top_k, top_p, min_p).
-    `base`: the model without its head. `memory_bytes`: what each process may hold.
+    `head`: the one that the config names, none, or one of a kind. `memory_bytes`: what each process may hold.
     Raises: UnitLost where a rank dies or falls silent; the group has then ended.
     """
 
@@ -36,7 +43,7 @@ class ParallelModel:
         *,
         dtype: str,
         timeout_s: float,
-        base: bool = False,
+        head: HeadKind = "own",
         threads: int = 1,
         memory_bytes: int | None = None,
     ) -> None:
@@ -44,7 +51,7 @@ class ParallelModel:
         self._ranks = start(split, timeout_s=timeout_s, threads=threads, memory_bytes=memory_bytes)
         self._end = weakref.finalize(self, self._ranks.close)  # also where nobody closes it
         try:
-            self._ranks.ask("load", {"folder": folder, "dtype": dtype, "base": base})
+            self._ranks.ask("load", {"folder": folder, "dtype": dtype, "head": head})
             self.pids = tuple(pid for _, pid in self._ranks.answers(LOAD_S))
         except BaseException:
             self.close()
@@ -78,6 +85,21 @@ class ParallelModel:
                 do="pad the batch, or use a smaller context",
             )
 
+    def apply(self, function: Callable[..., Any], *, beat: Callable[[int], None] | None = None, **values: Any) -> Any:
+        """What `function(here, **values)` returns on the lead; every rank calls it, here: parallel.program.Here.
+
+        An error of `beat`, which learns of tokens that are done, ends the group: its ranks are in the middle.
+        """
+        self._ranks.ask("apply", {"function": function, "values": values})
+        while isinstance(found := self._ranks.answer(ANSWER_S), Beat):
+            if beat is not None:
+                try:
+                    beat(found.tokens)
+                except BaseException:
+                    self.close()
+                    raise
+        return found
+
     def close(self) -> None:
         """The group ends; twice is fine."""
         self._end()
@@ -87,6 +109,18 @@ class ParallelModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def ends_with_its_group() -> Iterator[None]:
+    """On a unit: where the group is lost, so is the unit, and its supervisor starts another."""
+    try:
+        yield
+    except UnitLost as error:
+        if not os.environ.get(IN_WORKER):
+            raise
+        print(error, file=sys.stderr, flush=True)
+        os._exit(70)
 
 
 class Running:

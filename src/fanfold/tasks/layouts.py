@@ -1,0 +1,53 @@
+"""--layout of a verb: how its model is cut over processes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from fanfold.errors import PlanError
+from fanfold.parallel.families import check_split
+from fanfold.parallel.mesh import Split, parse_split
+from fanfold.tasks.checkpoint import first_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fanfold.tasks.checkpoint import Checkpoint
+
+
+def read_layout(layout: str | None, checkpoints: Sequence[Checkpoint], *, verb: str, context: bool = False) -> Split:
+    """The layout, checked with the model as far as its config tells. `context`: whether the verb can cut sequences.
+
+    Raises: PlanError.
+    """
+    split = parse_split(layout) if layout else Split()
+    if split.units == 1:
+        return split
+    if len(checkpoints) > 1:
+        raise PlanError(
+            f"--layout {layout} with {len(checkpoints)} times --model",
+            found="several models, each of which would have processes of its own",
+            allowed="--layout with one model",
+            do="leave --layout away, or run one model after the other",
+        )
+    if split.context > 1 and not context:
+        raise PlanError(
+            f"--layout {layout} with fanfold {verb}",
+            found="sequences cut over processes",
+            allowed="tensor=N, pipeline=N; context=N with fanfold embed, ff.parallel and fanfold equal",
+            do="leave context away",
+        )
+    check_split(SimpleNamespace(**_with_defaults(checkpoints[0])), split)
+    return split
+
+
+def shown_layout(split: Split) -> str:
+    return f"{split}: {split.units} processes share one model"
+
+
+def _with_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config with the names that the check of a layout asks for; what it leaves out is refused on the units."""
+    config = checkpoint.config
+    layers = first_of(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    return {**config, "model_type": checkpoint.model_type, "num_hidden_layers": layers or 1}
