@@ -1,15 +1,18 @@
-"""A sequence over two units by each variant against the whole model on one: time, memory of a unit, bytes that travel.
+"""A sequence over two units by each variant against the whole model on one: time, memory, bytes that travel.
 
 scripts/bench context [--tokens 1024,4096,...] [--layers 2] [--model bert|llama]
 
 The model has the shape of the small BERT (384 wide, 12 heads, 1,536 inner) or of a small causal model with as many
 parameters a layer, random weights, and as many layers as are asked for. One thread a unit. Memory is the largest
 resident set of a unit during a call less that before it (VmHWM is reset through /proc), so weights are not in it.
+Besides the time on the clock stands the processor time of the busiest unit, which other work on the machine does not
+stretch as much.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -49,16 +52,23 @@ def status(pid: int, name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
-def measure(model: ParallelModel, ids: torch.Tensor) -> tuple[float, int, torch.Tensor]:
-    """Seconds, and the most bytes that a unit held more than before."""
-    before = []
+def cpu_s(pid: int) -> float:
+    """User and system seconds of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(model: ParallelModel, ids: torch.Tensor) -> tuple[float, float, int, torch.Tensor]:
+    """Seconds, processor seconds of the busiest unit, and the most bytes that a unit held more than before."""
+    before, used = [], [cpu_s(pid) for pid in model.pids]
     for pid in model.pids:
         Path(f"/proc/{pid}/clear_refs").write_text("5")
         before.append(status(pid, "VmRSS"))
     start_s = time.perf_counter()
     out = model(input_ids=ids).last_hidden_state
     elapsed_s = time.perf_counter() - start_s
-    return elapsed_s, max(status(pid, "VmHWM") - b for pid, b in zip(model.pids, before, strict=True)), out
+    busy_s = max(cpu_s(pid) - b for pid, b in zip(model.pids, used, strict=True))
+    return elapsed_s, busy_s, max(status(pid, "VmHWM") - b for pid, b in zip(model.pids, before, strict=True)), out
 
 
 def travelled(kind: str, layout: str, layers: int, tokens: int) -> int:
@@ -89,7 +99,7 @@ def main() -> int:
     lengths = [int(word) for word in asked.tokens.split(",")]
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    found: dict[tuple[str, int], tuple[float, int, torch.Tensor]] = {}
+    found: dict[tuple[str, int], tuple[float, float, int, torch.Tensor]] = {}
     with tempfile.TemporaryDirectory() as folder:
         save(asked.model, asked.layers, max(lengths), folder)
         for layout in LAYOUTS:
@@ -98,19 +108,22 @@ def main() -> int:
                 for tokens in lengths:
                     ids = torch.randint(5, 900, (1, tokens), generator=torch.Generator().manual_seed(tokens))
                     runs = [measure(model, ids) for _ in range(3 if tokens <= 8192 else 1)]
-                    found[layout, tokens] = (min(r[0] for r in runs), max(r[1] for r in runs), runs[0][2])
+                    least = [min(run[i] for run in runs) for i in (0, 1)]
+                    found[layout, tokens] = (*least, max(run[2] for run in runs), runs[0][3])
     print(f"{asked.model}, {asked.layers} layers, 1 row, float32, 1 thread a unit")
-    print("| tokens | layout | time | of whole | memory of a unit | of whole | attention's calls move | difference |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| tokens | layout | time | of whole | CPU of a unit | of whole | memory of a unit | of whole | moved | difference |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for tokens in lengths:
-        whole_s, whole_bytes, whole = found[LAYOUTS[0], tokens]
+        whole_s, whole_cpu_s, whole_bytes, whole = found[LAYOUTS[0], tokens]
         for layout in LAYOUTS:
-            elapsed_s, held, out = found[layout, tokens]
+            elapsed_s, busy_s, held, out = found[layout, tokens]
             moves = travelled(asked.model, layout, asked.layers, tokens)
             far = float((out - whole).abs().max() / whole.abs().max())
             print(
                 f"| {tokens:,} | {'whole' if layout == LAYOUTS[0] else layout} | {elapsed_s:.2f} s | "
-                f"{elapsed_s / whole_s:.2f} | {held / 1e6:.0f} MB | {held / whole_bytes:.2f} | "
+                f"{elapsed_s / whole_s:.2f} | {busy_s:.2f} s | {busy_s / whole_cpu_s:.2f} | {held / 1e6:.0f} MB | {held / whole_bytes:.2f} | "
                 f"{moves / 1e6:.1f} MB | {far:.0e} |"
             )
     return 0

@@ -32,7 +32,7 @@ MEANING = {
     "id": "The column that names a row in quarantine.jsonl.",
     "prefix": "Put before the names of the result columns.",
     "prefix_text": "Put before every text.",
-    "layout": "Split one model over several units: tensor=N, pipeline=N, or both with a comma.",
+    "layout": "Split one model over several units: tensor=N, pipeline=N, context=N[:ring|:ulysses], with commas.",
     "prompt_name": "A prompt that the model's files name.",
     "max_length": "Tokens kept of a text; the model's own limit if left away.",
     "chunk": "Cut long texts into parts of so many tokens, a row each (columns record and part).",
