@@ -111,21 +111,28 @@ def main() -> int:
                     least = [min(run[i] for run in runs) for i in (0, 1)]
                     found[layout, tokens] = (*least, max(run[2] for run in runs), runs[0][3])
     print(f"{asked.model}, {asked.layers} layers, 1 row, float32, 1 thread a unit")
-    print(
-        "| tokens | layout | time | of whole | CPU of a unit | of whole | memory of a unit | of whole | moved | difference |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    columns = ("tokens", "layout", "time", "of whole", "CPU of a unit", "of whole", "memory of a unit", "of whole")
+    print("| " + " | ".join((*columns, "moved", "difference")) + " |")
+    print("|" + "---|" * (len(columns) + 2))
     for tokens in lengths:
         whole_s, whole_cpu_s, whole_bytes, whole = found[LAYOUTS[0], tokens]
         for layout in LAYOUTS:
             elapsed_s, busy_s, held, out = found[layout, tokens]
             moves = travelled(asked.model, layout, asked.layers, tokens)
             far = float((out - whole).abs().max() / whole.abs().max())
-            print(
-                f"| {tokens:,} | {'whole' if layout == LAYOUTS[0] else layout} | {elapsed_s:.2f} s | "
-                f"{elapsed_s / whole_s:.2f} | {busy_s:.2f} s | {busy_s / whole_cpu_s:.2f} | {held / 1e6:.0f} MB | {held / whole_bytes:.2f} | "
-                f"{moves / 1e6:.1f} MB | {far:.0e} |"
+            cells = (
+                f"{tokens:,}",
+                "whole" if layout == LAYOUTS[0] else layout,
+                f"{elapsed_s:.2f} s",
+                f"{elapsed_s / whole_s:.2f}",
+                f"{busy_s:.2f} s",
+                f"{busy_s / whole_cpu_s:.2f}",
+                f"{held / 1e6:.0f} MB",
+                f"{held / whole_bytes:.2f}",
+                f"{moves / 1e6:.1f} MB",
+                f"{far:.0e}",
             )
+            print("| " + " | ".join(cells) + " |")
     return 0
 
 
