@@ -64,9 +64,7 @@ def _lookups(model: Any) -> list[Any]:
 def _is_plain(module: Any) -> bool:
     """A lookup and, as BART has it, a factor behind it."""
     scaled = type(module).__name__.endswith("ScaledWordEmbedding") and isinstance(module.embed_scale, float)
-    return (
-        (type(module) is nn.Embedding or scaled) and module.max_norm is None and not module.scale_grad_by_freq
-    )
+    return (type(module) is nn.Embedding or scaled) and module.max_norm is None and not module.scale_grad_by_freq
 
 
 def output_of(model: Any) -> Any:
