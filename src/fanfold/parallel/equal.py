@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fanfold.parallel.inputs import inputs_for, labels_for
 from fanfold.parallel.split import load_share
 
 if TYPE_CHECKING:
@@ -28,19 +29,6 @@ CASTS_PROMISE = 1e-6  # where the model's own code computes in float32 inside
 CASTS = ("gptj", "olmo2", "qwen3", "bloom", "falcon")
 CASTS_OVER_POSITIONS = ("gemma",)  # its norms sum their gradient over positions in float32
 _FLOOR = 1e-6
-
-
-def inputs_for(model: Any, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Three rows of 17 tokens: whole, padded on the right, padded on the left where the model bears it."""
-    config = model.config.get_text_config()
-    chance = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, config.vocab_size, (3, 17), generator=chance)
-    mask = torch.ones_like(ids)
-    mask[1, 13:] = 0
-    if model.config.model_type != "bloom":  # rows of nothing but padding are NaN in the whole model, too
-        mask[2, :4] = 0
-    pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
-    return {"input_ids": torch.where(mask == 1, ids, pad), "attention_mask": mask}
 
 
 def compare(
@@ -94,9 +82,9 @@ def _outputs(
 
     None on a pipeline stage that is not the last.
     """
-    heads = ("ForCausalLM", "ForMaskedLM", "LMHeadModel")
+    heads = ("ForCausalLM", "ForMaskedLM", "LMHeadModel", "ForConditionalGeneration")
     if type(model).__name__.endswith(heads):
-        out = forward(**inputs, labels=inputs["input_ids"])
+        out = forward(**inputs, labels=labels_for(inputs))
         return None if out is None else (out.logits, out.loss)
     out = forward(**inputs)
     if out is None:
@@ -126,7 +114,8 @@ def _gradients(share: Any, whole: Any) -> dict[str, Any]:
         error = float((parameter.grad - expected).abs().max()) / floor if expected.numel() else 0.0
         if not error <= worst:
             worst, name_of_worst = error, name
-    return {"max_rel_grad": worst, "worst_grad_name": name_of_worst, "grads": compared}
+    every = sum(parameter.grad is not None for parameter in theirs.values())
+    return {"max_rel_grad": worst, "worst_grad_name": name_of_worst, "grads": compared, "num_grads_whole": every}
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

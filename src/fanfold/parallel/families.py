@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import PlanError
+from fanfold.parallel.families_seq2seq import BART, T5, VIT, check_encoder_decoder, num_blocks
 from fanfold.parallel.rules import Family, Kind, What, heads_of
 from fanfold.parallel.sequence_families import check_context
 
@@ -167,17 +168,19 @@ def _falcon(config: Any) -> Family:
 
 FAMILIES = (
     _BERT, _DISTILBERT, _MODERNBERT, _GPT2, _OPT, _NEOX, _GPTJ, _LLAMA, _QWEN3, _OLMO2, _PHI3, _BLOOM,
+    T5, BART, VIT,
 )  # fmt: skip
 
 
 def check_split(config: Any, split: Split) -> None:
     """PlanError for a layout that a model of this config cannot have."""
-    if split.pipeline > config.num_hidden_layers:
+    blocks = num_blocks(config)
+    if split.pipeline > blocks:
         raise PlanError(
             f"--layout {split}",
-            found=f"{config.num_hidden_layers} layers",
-            allowed=f"pipeline=1 to pipeline={config.num_hidden_layers}: a stage holds a layer at the least",
-            do=f"use pipeline={config.num_hidden_layers}",
+            found=f"{blocks} layers",
+            allowed=f"pipeline=1 to pipeline={blocks}: a stage holds a layer at the least",
+            do=f"use pipeline={blocks}",
         )
     if split.expert > 1:
         raise PlanError(
@@ -190,6 +193,7 @@ def check_split(config: Any, split: Split) -> None:
         check_context(config, split)
     if split.tensor > 1:
         family_of(config)
+        check_encoder_decoder(config, split)
         for rank in range(split.tensor):
             heads_of(config, rank, split.tensor)
 

@@ -49,10 +49,13 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, t
 
 
 class Embedding(nn.Module):  # type: ignore[misc]
-    """ids -> [..., H]: the rows of the vocabulary are cut; each id is looked up where it lies."""
+    """ids -> [..., H]: the rows of the vocabulary are cut; each id is looked up where it lies, then scaled."""
 
-    def __init__(self, comm: Comm, name: str, weight: Any, rows: range, padding_idx: int | None) -> None:
+    def __init__(
+        self, comm: Comm, name: str, weight: Any, rows: range, padding_idx: int | None, scale: float = 1.0
+    ) -> None:
         super().__init__()
+        self.embed_scale = scale
         self.weight = weight
         self._comm, self._name, self._rows = comm, name, rows
         self._padding = None if padding_idx is None or padding_idx not in rows else padding_idx - rows.start
@@ -67,7 +70,8 @@ class Embedding(nn.Module):  # type: ignore[misc]
         keep = here if self._padding is None else here & (local != self._padding)
         if torch.is_grad_enabled() and self._padding is not None:
             found = torch.where((here & ~keep).unsqueeze(-1), found.detach(), found)
-        return self._comm.reduce(found * here.unsqueeze(-1).to(found.dtype), self._name)
+        found = self._comm.reduce(found * here.unsqueeze(-1).to(found.dtype), self._name)
+        return found if self.embed_scale == 1.0 else found * self.embed_scale
 
 
 class Head(nn.Module):  # type: ignore[misc]

@@ -3,78 +3,30 @@
 Every stage keeps the model's tree. Blocks of other stages become pass-throughs, what comes before the blocks is a stub
 on all stages but the first, what comes after them on all but the last. Ids, mask and positions go to every stage; the
 hidden states [B, S, H] travel from the last block of a stage to the first of the next, their gradient back.
+
+An encoder-decoder is one line of blocks, the encoder's first. From the stage that ends the encoder on, its output
+travels along with the decoder's hidden states to every further stage, and the sum of its gradients back.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import nn
 
-from fanfold.errors import PlanError
-from fanfold.parallel.signature import returns_tuple
+from fanfold.parallel.stacks import holdings_of
+from fanfold.parallel.stubs import pass_for, stub
 from fanfold.parallel.tensors import array_of, tensor_of
 
 if TYPE_CHECKING:
     from fanfold.parallel.shared import SharedGroup
+    from fanfold.parallel.stacks import Holdings
 
-_AFTER = ("final_layer_norm", "project_out")  # OPT names them before its layers
-_TIED = "tied embedding"
+_HIDDEN, _ENCODED = "hidden states", "encoder's output"
 
 
 class Stop(Exception):
     """The stage's last block is done; nothing behind it is computed here."""
-
-
-def blocks_of(model: Any) -> tuple[str, nn.ModuleList]:
-    """The blocks: the longest list of modules of one class."""
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
-    ]
-    if not lists:
-        raise PlanError(
-            f"pipeline stages of a {type(model).__name__}",
-            found="no list of blocks of one kind",
-            allowed="models of consecutive blocks",
-            do="leave pipeline away",
-        )
-    return max(lists, key=lambda item: len(item[1]))
-
-
-def cut_blocks(costs: list[float], first: float, last: float, stages: int) -> list[range]:
-    """Consecutive blocks for each stage, so that the dearest stage is as cheap as can be.
-
-    `first` and `last` are what the embedding adds to the first stage and the head to the last.
-    """
-    count = len(costs)
-    if stages > count:
-        raise PlanError(
-            f"--layout pipeline={stages}",
-            found=f"{count} blocks",
-            allowed=f"pipeline=1 to pipeline={count}: a stage holds a block at the least",
-            do=f"use pipeline={count}",
-        )
-    sums = np.concatenate([[0.0], np.cumsum(costs)])
-
-    def price(start: int, stop: int, stage: int) -> float:
-        return float(sums[stop] - sums[start]) + (first if stage == 0 else 0) + (last if stage == stages - 1 else 0)
-
-    best = {0: (0.0, [0])}  # blocks taken so far -> (dearest stage, ends)
-    for stage in range(stages):
-        found: dict[int, tuple[float, list[int]]] = {}
-        for start, (dearest, ends) in best.items():
-            for stop in range(start + 1, count - (stages - stage - 1) + 1):
-                value = max(dearest, price(start, stop, stage))
-                if stop not in found or value < found[stop][0]:
-                    found[stop] = (value, [*ends, stop])
-        best = found
-    ends = best[count][1]
-    return [range(start, stop) for start, stop in pairwise(ends)]
 
 
 class Stage:
@@ -85,59 +37,126 @@ class Stage:
         self._world, self._width = world, width
         rank = 0 if world is None else world.rank
         self._before, self._behind = rank - width, rank + width
-        self.received: torch.Tensor | None = None
-        self.sent: torch.Tensor | None = None
-        self._tied: nn.Parameter | None = None  # held by the first and the last stage
+        self._received: list[tuple[str, torch.Tensor]] = []
+        self._sent: list[tuple[str, torch.Tensor]] = []
+        self._encoded: torch.Tensor | None = None
+        self._shared: list[tuple[str, list[int]]] = []  # parameters that several stages hold, and which
 
     def cut(self) -> None:
         """Stubs and pass-throughs stand where other stages compute."""
         if self.stages == 1:
             return
-        name, blocks = blocks_of(self.model)
-        every = [sum(p.numel() for p in block.parameters()) for block in blocks]
-        tail = _output_weights(self.model)
-        mine = cut_blocks([float(cost) for cost in every], 0.0, float(tail), self.stages)[self.stage]
-        first, last = self.stage == 0, self.stage == self.stages - 1
-        if first or last:
-            self._tied = _tied_weight(self.model)
-        for number in range(len(blocks)):
-            if number not in mine:
-                blocks[number] = _Pass(blocks[number], number)
-        before, behind = _around(self.model, name)
-        if not first:
-            for leaf in before:
-                self.model.set_submodule(leaf, _stub(self.model.get_submodule(leaf)))
-        if not last:
-            for leaf in behind:
-                weights = self.model.get_submodule(leaf)._parameters  # never called here
-                weights.update(dict.fromkeys(weights))
-        if not first:
-            blocks[mine.start].register_forward_pre_hook(self._receive, with_kwargs=True)
-        if not last:
-            blocks[mine.stop - 1].register_forward_hook(self._send)
+        held = holdings_of(self.model, self.stages)
+        mine = held.mine[self.stage]
+        self._share(held)
+        for number, stack in enumerate(held.stacks):
+            for block in range(len(stack.blocks)):
+                if block not in mine[number]:
+                    makes_bias = block == 0 and self._holds(held, f"{stack.name}.0.")
+                    stack.blocks[block] = pass_for(stack.blocks[block], block, makes_bias=makes_bias)
+        for name, stages in held.stages.items():
+            if self.stage not in stages:
+                self._leave(held, *name.rpartition(".")[::2])
+        self._connect(held, mine)
+
+    def _holds(self, held: Holdings, prefix: str) -> bool:
+        return any(self.stage in stages for name, stages in held.stages.items() if name.startswith(prefix))
+
+    def _share(self, held: Holdings) -> None:
+        """Remember, once for each, the parameters that other stages hold as well."""
+        every = dict(self.model.named_parameters(remove_duplicate=False))
+        by_tensor: dict[int, set[int]] = {}
+        for name, stages in held.stages.items():
+            by_tensor.setdefault(id(every[name]), set()).update(stages)
+        seen: set[int] = set()
+        for name, stages in held.stages.items():
+            tensor = id(every[name])
+            if self.stage in stages and tensor not in seen and len(by_tensor[tensor]) > 1:
+                seen.add(tensor)
+                self._shared.append((name, sorted(by_tensor[tensor])))
+
+    def _leave(self, held: Holdings, module: str, leaf: str) -> None:
+        """A parameter of another stage goes; where its module will be called, a stub stands there."""
+        try:
+            holder = self.model.get_submodule(module)
+        except AttributeError:
+            return  # it was in a block
+        if holder._parameters.get(leaf) is None:
+            return
+        number = next((n for n, s in enumerate(held.stacks) if module.startswith(s.owner + ".") or not s.owner), 0)
+        inside = len(held.stacks) == 1 or module.startswith(held.stacks[number].owner + ".")
+        before = held.stages[f"{module}.{leaf}" if module else leaf][0] < self.stage
+        if inside and before and held.mine[self.stage][number]:
+            self.model.set_submodule(module, stub(holder))
+        else:
+            holder._parameters[leaf] = None  # never called here
+
+    def _connect(self, held: Holdings, mine: list[range]) -> None:
+        first = next(number for number, blocks in enumerate(mine) if blocks)
+        last = max(number for number, blocks in enumerate(mine) if blocks)
+        if len(held.stacks) == 2:
+            encoder = self.model.get_submodule(held.stacks[0].owner)
+            if mine[0]:
+                encoder.register_forward_hook(self._end_of_encoder(send=not mine[1]))
+            else:
+                encoder.forward = self._receive_encoded
+        if mine[first].start > 0:
+            block = held.stacks[first].blocks[mine[first].start]
+            block.register_forward_pre_hook(self._receive, with_kwargs=True)
+        if mine[last].stop < len(held.stacks[last].blocks):
+            held.stacks[last].blocks[mine[last].stop - 1].register_forward_hook(self._send)
+
+    # -- forward ----------------------------------------------------------------------------------------
 
     def _receive(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        assert self._world is not None
-        hidden = tensor_of(self._world.recv(self._before, "hidden states"))
-        if torch.is_grad_enabled():
-            hidden.requires_grad_()
-        self.received = hidden
+        hidden = self._take(_HIDDEN)
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
     def _send(self, module: Any, args: Any, out: Any) -> None:
-        assert self._world is not None
-        self.sent = out[0] if isinstance(out, tuple) else out
-        self._world.send(array_of(self.sent.detach().contiguous()), self._behind, "hidden states")
+        if self._encoded is not None:
+            self._give(_ENCODED, self._encoded)
+        self._give(_HIDDEN, out[0] if isinstance(out, tuple) else out)
         raise Stop
+
+    def _end_of_encoder(self, *, send: bool) -> Any:
+        def hook(module: Any, args: Any, out: Any) -> None:
+            self._encoded = out[0]
+            if send:
+                self._give(_ENCODED, out[0])
+                raise Stop
+
+        return hook
+
+    def _receive_encoded(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        self._encoded = self._take(_ENCODED)
+        return BaseModelOutput(last_hidden_state=self._encoded)
+
+    def _take(self, name: str) -> torch.Tensor:
+        assert self._world is not None
+        x = tensor_of(self._world.recv(self._before, name))
+        if torch.is_grad_enabled():
+            x.requires_grad_()
+        self._received.append((name, x))
+        return x
+
+    def _give(self, name: str, x: torch.Tensor) -> None:
+        assert self._world is not None
+        self._sent.append((name, x))
+        self._world.send(array_of(x.detach().contiguous()), self._behind, name)
 
     def forward(self, **inputs: Any) -> Any:
         """The model's output on the last stage, None on the others."""
+        self._received, self._sent, self._encoded = [], [], None
         try:
             return self.model(**inputs)
         except Stop:
             return None
+
+    # -- backward ---------------------------------------------------------------------------------------
 
     def backward(self, loss: torch.Tensor | None) -> None:
         """Gradients of this stage: from its loss on the last, else from those that come from behind."""
@@ -145,110 +164,31 @@ class Stage:
             loss.backward()
         else:
             assert self._world is not None
-            assert self.sent is not None
-            self.sent.backward(tensor_of(self._world.recv(self._behind, "gradient of hidden states")))
-        if self.received is not None:
-            grad = self.received.grad
-            assert grad is not None
+            grads = [tensor_of(self._world.recv(self._behind, f"gradient of {name}")) for name, _ in self._sent]
+            torch.autograd.backward([x for _, x in self._sent], grads)
+        for name, x in self._received:
+            assert x.grad is not None
             assert self._world is not None
-            self._world.send(array_of(grad.contiguous()), self._before, "gradient of hidden states")
-        self.received = self.sent = None
-        self._sum_tied()
+            self._world.send(array_of(x.grad.contiguous()), self._before, f"gradient of {name}")
+        self._received, self._sent, self._encoded = [], [], None
+        for name, stages in self._shared:
+            self._sum_shared(name, stages)
 
-    def _sum_tied(self) -> None:
-        """The gradient of a tied embedding: lookups on the first stage, the head on the last, added in that order."""
-        parameter = self._tied_now()
-        if parameter is None or parameter.grad is None:
-            return
+    def _sum_shared(self, name: str, stages: list[int]) -> None:
+        """The gradient of a parameter that several stages hold: added up along them, the sum goes back."""
         assert self._world is not None
-        own = parameter.grad.contiguous()
-        far = self._world.rank + (self.stages - 1) * self._width * (1 if self.stage == 0 else -1)
-        if self.stage == 0:
-            self._world.send(array_of(own), far, _TIED)
-            theirs = tensor_of(self._world.recv(far, _TIED))
-            parameter.grad = own + theirs
-        else:
-            theirs = tensor_of(self._world.recv(far, _TIED))
-            self._world.send(array_of(own), far, _TIED)
-            parameter.grad = theirs + own
-
-    def _tied_now(self) -> Any:
-        if self._tied is None:
-            return None
-        module = self.model.get_input_embeddings() if self.stage == 0 else self.model.get_output_embeddings()
-        return module.weight
-
-
-class _Pass(nn.Module):  # type: ignore[misc]
-    """Another stage's block: hidden states go through; a cache learns how many tokens there were, and no more."""
-
-    def __init__(self, block: Any, number: int) -> None:
-        super().__init__()
-        for name in ("attention_type", "layer_type", "is_sliding", "layer_idx"):
-            if hasattr(block, name):
-                setattr(self, name, getattr(block, name))
-        self._number = number
-        self._tuple = returns_tuple(type(block))
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-        if cache is not None and hasattr(cache, "update"):
-            nothing = hidden_states.new_zeros((hidden_states.shape[0], 1, hidden_states.shape[1], 1))
-            cache.update(nothing, nothing, self._number)
-        return (hidden_states,) if self._tuple else hidden_states
-
-
-class _Zeros(nn.Module):  # type: ignore[misc]
-    """An embedding of another stage: the shape of its result, without its values."""
-
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.embedding_dim, self._dtype = width, dtype
-
-    def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros((*ids.shape, self.embedding_dim), dtype=self._dtype)
-
-
-class _Same(nn.Module):  # type: ignore[misc]
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return x
-
-
-def _stub(module: Any) -> Any:
-    if isinstance(module, nn.Embedding) or hasattr(module, "embedding_dim"):
-        return _Zeros(module.weight.shape[1], module.weight.dtype)
-    return _Same()
-
-
-def _around(model: Any, blocks: str) -> tuple[list[str], list[str]]:
-    """The leaves with weights before and behind the blocks, in the order in which the model names them."""
-    before: list[str] = []
-    behind: list[str] = []
-    seen = False
-    for name, module in model.named_modules():
-        if name == blocks:
-            seen = True
-        if name == blocks or name.startswith(blocks + "."):
-            continue
-        if any(True for _ in module.parameters(recurse=False)):
-            late = seen or name.rpartition(".")[2] in _AFTER
-            (behind if late else before).append(name)
-    return before, behind
-
-
-def _tied_weight(model: Any) -> Any:
-    """The word embedding's weight where the output head has the same; None where it has not."""
-    try:
-        head = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    embedding = model.get_input_embeddings()
-    return embedding.weight if head is not None and head.weight is embedding.weight else None
-
-
-def _output_weights(model: Any) -> int:
-    try:
-        head = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        head = None
-    return 0 if head is None else int(head.weight.numel())
+        parameter = self.model.get_parameter(name)
+        if not parameter.requires_grad:
+            return
+        total = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
+        place, at = self._world.rank % self._width, stages.index(self.stage)
+        told = f"gradient on stages {stages}"
+        ranks = [stage * self._width + place for stage in stages]
+        if at > 0:
+            total = tensor_of(self._world.recv(ranks[at - 1], told)) + total
+        if at + 1 < len(ranks):
+            self._world.send(array_of(total), ranks[at + 1], told)
+            total = tensor_of(self._world.recv(ranks[at + 1], told))
+        if at > 0:
+            self._world.send(array_of(total), ranks[at - 1], told)
+        parameter.grad = total

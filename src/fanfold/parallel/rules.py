@@ -9,26 +9,32 @@ from fanfold.errors import PlanError
 from fanfold.parallel.mesh import shares
 
 # column: outputs are cut, the input is whole; row: inputs are cut, outputs are summed; sum_gradient: a whole parameter
-# that works on a rank's heads only; head_norm: a norm over all heads' features, cut like them.
-Kind = Literal["column", "row", "sum_gradient", "head_norm"]
-# heads: features of query heads; kv: of key-value heads; qkv: both side by side (query, key, value); per_head: query,
+# that works on a rank's heads only; head_norm: a norm over all heads' features, cut like them; lookup: an embedding
+# that is cut by columns.
+Kind = Literal["column", "row", "sum_gradient", "head_norm", "lookup"]
+# heads: features of query heads; numbers: one value a query head;
+# kv: of key-value heads; qkv: both side by side (query, key, value); per_head: query,
 # key and value of one head after the other; per_group: the queries of a key-value head, its key, its value; shared_kv:
 # all queries, then the one key and value; inner: the MLP's; inner2: gate and up side by side.
-What = Literal["heads", "kv", "qkv", "per_head", "per_group", "shared_kv", "inner", "inner2"]
+What = Literal["heads", "numbers", "kv", "qkv", "per_head", "per_group", "shared_kv", "inner", "inner2"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One table. rules: end of a module's name -> kind and what; attributes of the attention module: what they count.
 
-    attention: the end of the names of attention modules. The word embedding and the output head need no rule.
+    attention: the end, or ends, of the names of attention modules. The word embedding and the output head need no rule.
     """
 
     types: tuple[str, ...]
-    attention: str
+    attention: str | tuple[str, ...]
     rules: dict[str, tuple[Kind, What | None]]
     attributes: dict[str, Literal["heads", "kv", "groups", "features"]] = field(default_factory=dict)
     head_inputs: tuple[str, ...] = ()  # keywords of the attention module that hold one value or row a head
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        return (self.attention,) if isinstance(self.attention, str) else self.attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +114,8 @@ def index_of(what: What, heads: Heads, width: int, rank: int, ways: int) -> list
     match what:
         case "heads":
             return q
+        case "numbers":
+            return list(heads.heads)
         case "kv":
             return kv
         case "qkv":

@@ -13,11 +13,11 @@ from torch import nn
 
 from fanfold.errors import PlanError, SafetyError
 from fanfold.parallel.families import family_of
-from fanfold.parallel.layers import Column, Embedding, Head, HeadNorm, Row
-from fanfold.parallel.mesh import shares
+from fanfold.parallel.layers import Column, HeadNorm, Row
 from fanfold.parallel.pipeline import Stage
 from fanfold.parallel.rules import heads_of, index_of
 from fanfold.parallel.sequence import Sequence
+from fanfold.parallel.vocabulary import cut_vocabulary
 from fanfold.parallel.weights import Cut, fill, open_files
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def cut_model(model: Any, comm: Comm) -> Share:
         if rule is not None:
             cutter.replace(name, module, *rule)
             replaced += 1
-        if _ends(name, family.attention):
+        if any(_ends(name, pattern) for pattern in family.attentions):
             _adapt(module, family, heads)
     if not replaced:
         raise PlanError(
@@ -204,7 +204,7 @@ def cut_model(model: Any, comm: Comm) -> Share:
             allowed="models whose layers are named as in transformers",
             do="report this with the model's name",
         )
-    cutter.vocabulary()
+    cut_vocabulary(share, comm, cutter.held)
     return share
 
 
@@ -231,56 +231,28 @@ class _Cutter:
         if kind == "sum_gradient":
             return
         weight = module.weight
+        if kind == "lookup":  # one column a head: no rank needs another's
+            index = index_of(what, self.heads, weight.shape[1], comm.rank, comm.size)
+            module.weight = self.held(f"{name}.weight", weight, 1, index)
+            return
         if kind == "head_norm":
             index = index_of(what, self.heads, weight.shape[0], comm.rank, comm.size)
             eps = getattr(module, "variance_epsilon", None) or module.eps
-            held = self._held(f"{name}.weight", weight, 0, index)
+            held = self.held(f"{name}.weight", weight, 0, index)
             self._set(name, HeadNorm(comm, name, held, weight.shape[0], eps))
             return
         transposed = type(module).__name__ == "Conv1D"
         outputs, inputs = (1, 0) if transposed else (0, 1)
         dim = outputs if kind == "column" else inputs
         index = index_of(what, self.heads, weight.shape[dim], comm.rank, comm.size)
-        held = self._held(f"{name}.weight", weight, dim, index)
+        held = self.held(f"{name}.weight", weight, dim, index)
         bias = getattr(module, "bias", None)
         if bias is not None and kind == "column":
-            bias = self._held(f"{name}.bias", bias, 0, index)
+            bias = self.held(f"{name}.bias", bias, 0, index)
         layer = Column if kind == "column" else Row
         self._set(name, layer(comm, name, held, bias, transposed=transposed))
 
-    def vocabulary(self) -> None:
-        """The word embedding and the output head, tied or not, where they are plain."""
-        model, comm = self.share.model, self.comm
-        embedding, head = model.get_input_embeddings(), _output_of(model)
-        names = {id(module): name for name, module in model.named_modules()}
-        tied = embedding is not None and head is not None and head.weight is embedding.weight
-        plain = type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq
-        if tied and not (plain and type(head) is nn.Linear):
-            return
-        made: dict[int, Any] = {}
-        if plain:
-            rows = shares(embedding.weight.shape[0], comm.size)[comm.rank]
-            name = names[id(embedding)]
-            weight = self._held(f"{name}.weight", embedding.weight, 0, list(rows))
-            made[id(embedding.weight)] = weight
-            self._set(name, Embedding(comm, name, weight, rows, embedding.padding_idx))
-        if head is not None and type(head) is nn.Linear:
-            every = shares(head.weight.shape[0], comm.size)
-            name = names[id(head)]
-            index = list(every[comm.rank])
-            cut = self._held(f"{name}.weight", head.weight, 0, index)
-            weight = made.get(id(head.weight), cut)
-            bias = None
-            if head.bias is not None:
-                bias = self._held(f"{name}.bias", head.bias, 0, index)
-                for other, module in model.named_modules():  # the same bias under another name
-                    for leaf, parameter in list(module.named_parameters(recurse=False)):
-                        if parameter is head.bias and module is not head:
-                            module._parameters[leaf] = bias
-                            self.share.cuts[f"{other}.{leaf}"] = Cut(0, index)
-            self._set(name, Head(comm, name, weight, bias, [len(share) for share in every]))
-
-    def _held(self, name: str, tensor: Any, dim: int, index: list[int]) -> Any:
+    def held(self, name: str, tensor: Any, dim: int, index: list[int]) -> Any:
         """The rank's share of a parameter, as a parameter of its own."""
         self.share.cuts[name] = Cut(dim, index)
         where = torch.tensor(index, device=tensor.device)
@@ -288,13 +260,6 @@ class _Cutter:
 
     def _set(self, name: str, module: Any) -> None:
         self.share.model.set_submodule(name, module)
-
-
-def _output_of(model: Any) -> Any:
-    try:
-        return model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def register_gradients(share: Share, comm: Comm) -> None:

@@ -125,7 +125,7 @@ def fill(share: Share, files: Files, dtype: Any, shown: str) -> None:
             if shape != share.shapes[source]:
                 raise _unusable(shown, f"{found} has the shape {shape}, the config asks for {share.shapes[source]}")
             value = files.read(found, share.cuts.get(name)).to(dtype)
-            filled[id(old)] = torch.nn.Parameter(value, requires_grad=old.requires_grad)
+            filled[id(old)] = torch.nn.Parameter(value, requires_grad=value.is_floating_point())  # as from_pretrained
         module, _, leaf = name.rpartition(".")
         model.get_submodule(module)._parameters[leaf] = filled[id(old)]
     for name, buffer in model.named_buffers():

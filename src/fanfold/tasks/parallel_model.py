@@ -31,7 +31,8 @@ class ParallelModel:
 
     `model(input_ids=..., attention_mask=...)`: transformers' own output, whole, without keys and values.
     `model.generate(input_ids, ...)`: token ids [B, prompt + new], greedy; with do_sample=True drawn, so that a row's
-    draws depend on seed, row and position alone (temperature, top_k, top_p, min_p).
+    draws depend on seed, row and position alone (temperature, top_k, top_p, min_p); an encoder-decoder's ids are
+    [B, 1 + new]. PlanError where the model cannot, or where an encoder-decoder lies in pipeline stages.
     `head`: the one that the config names, none, or one of a kind. `memory_bytes`: what each process may hold.
     Raises: UnitLost where a rank dies or falls silent; the group has then ended.
     """
@@ -47,7 +48,7 @@ class ParallelModel:
         threads: int = 1,
         memory_bytes: int | None = None,
     ) -> None:
-        self.split = split
+        self.split, self._folder = split, folder
         self._ranks = start(split, timeout_s=timeout_s, threads=threads, memory_bytes=memory_bytes)
         self._end = weakref.finalize(self, self._ranks.close)  # also where nobody closes it
         try:
@@ -71,6 +72,10 @@ class ParallelModel:
                 allowed="context with tensor, or pipeline with tensor",
                 do="leave one of the two away",
             )
+        from fanfold.parallel.families_seq2seq import check_generate
+        from fanfold.parallel.split import config_of
+
+        check_generate(config_of(self._folder), self.split)
         values = {"input_ids": input_ids, "attention_mask": attention_mask, "seed": seed, "options": options}
         self._ranks.ask("generate", values)
         return self._ranks.answer(ANSWER_S)
