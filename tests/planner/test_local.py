@@ -101,6 +101,17 @@ def test_a_unit_adds_its_own_memory_and_no_weights():
     assert heavier.memory_bytes - two.memory_bytes == 100_000_000
 
 
+def test_small_tensors_leave_holes_in_the_heap_and_large_ones_do_not():
+    """[2048, 384] in float32 is below malloc's threshold for mapping, [2048, 768] above."""
+    alike = Work(batches=((8, 256),) * 20, scale=1.0, rows=160, prepare_s=0.0, first_prepare_s=0.0, windows=1)
+    mixed = ((8, 256), *((8, length) for length in range(230, 249)))
+    varied = Work(batches=mixed, scale=1.0, rows=160, prepare_s=0.0, first_prepare_s=0.0, windows=1)
+    for hidden, more in ((384, True), (768, False)):
+        model = bert(hidden_size=hidden, intermediate_size=4 * hidden)
+        same, other = (predict_local(machine(), model, work, HELD, units=1).memory_bytes for work in (alike, varied))
+        assert (other > same) is more
+
+
 def test_a_sample_stands_for_the_whole_input():
     small = predict_local(machine(), bert(), job(), HELD, units=1)
     large = predict_local(machine(), bert(), job(scale=10.0), HELD, units=1)

@@ -21,7 +21,7 @@ from fanfold import extras
 from fanfold.engine.group import Group
 from fanfold.engine.supervisor import Supervisor
 from fanfold.machine.measure import Measuring, copy_bytes_per_s, run_s
-from fanfold.machine.memory import private_bytes, processor_s, pss_bytes
+from fanfold.machine.memory import own_bytes, processor_s, pss_bytes
 from fanfold.machine.rates import VERSION, Link, Point, Rates, from_record
 from fanfold.parallel.shared import SharedGroup
 from fanfold.parallel.shared_file import new_path, refusal
@@ -87,7 +87,7 @@ def measured(cores: int, budget_s: float = BUDGET_S) -> Rates:
                 group.receive(rank, _ANSWER_S)  # the imports are over
             zygote = supervisor.zygote_pid
             import_s = processor_s(zygote) if zygote else 0.0
-            unit_bytes = max(private_bytes(pid) for pid in group.pids if pid)
+            unit_bytes = max(own_bytes(pid) for pid in group.pids if pid)
             zygote_bytes = sum(pss_bytes(pid) for pid in (zygote, *group.pids) if pid) - size * unit_bytes
             start = {"import_s": import_s, "zygote_bytes": zygote_bytes, "unit_bytes": unit_bytes}
             left_s = max(_LEAST_S, budget_s - (time.monotonic() - started_s))

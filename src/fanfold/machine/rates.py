@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 Shape: TypeAlias = tuple[int, ...]
-VERSION = 1  # of the record; another one is measured again
+VERSION = 2  # of the record; another one is measured again
 
 
 def work(kind: str, shape: Shape) -> float:
@@ -65,7 +65,7 @@ class Rates:
     issue_s: float  # the host's part of one operator
     own_share: float  # of a core that rank 0 had while it measured; below 1 where other programs ran
     zygote_bytes: int  # of the process that has imported it
-    unit_bytes: int  # of a process forked from it, pages that it has not written not counted
+    unit_bytes: int  # of a process forked from it: pages that it has written itself
     import_s: float  # of a processor, until units can be forked: torch and transformers imported
     links: Mapping[str, Link] = field(default_factory=dict)
     elapsed_s: float = 0.0

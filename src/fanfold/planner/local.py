@@ -43,10 +43,13 @@ LOAD_S = 0.25  # transformers makes the modules and maps the weights
 TOKENIZER_S = 0.25  # its file read
 FINISH_S = 0.1  # summary, hashes, folders flushed
 LEASE_S = 0.012  # a piece's file written, reported, committed and logged
-OPENED_BYTES = 36e6  # tokenizer, the texts that it was given, the model's modules
-# What malloc holds of what is alive at the most: it keeps freed blocks below a threshold that grows to 32 MB, and up to
-# twice as much free space at the top (mallopt(3)). Measured at widths 384, 768 and 1,024: 2.1, 2.2 and 2.0.
-ALLOCATOR = 2.1
+OPENED_BYTES = 14e6  # a tokenizer of 30,000 words, the model's modules
+TOKEN_BYTES = 400  # of a window while it is tokenised: encodings with offsets and words, then lists of numbers
+# Blocks of MMAP_BYTES and more are mapped and returned (engine/supervisor.py sets the threshold). Smaller ones come
+# from malloc's heap, where a hole serves blocks no larger than itself: batches of other shapes leave holes. Measured
+# over 40 shapes at width 384: 11 blocks of [T, h] after the first, 24 after the last; 16 MB where all are mapped.
+MMAP_BYTES = 4 << 20
+HEAP_BYTES, FIRST_BLOCKS, BLOCKS_A_SHAPE, MOST_BLOCKS = 16e6, 11.0, 0.5, 24.0
 ROW_WRITE_S = 4e-6  # a row's result and kept columns into the part
 
 
@@ -188,7 +191,12 @@ def memory_bytes(local: LocalModel, work: Work, held: Held, *, units: int) -> in
     pairs = max((rows * length * length for rows, length in work.batches), default=0)
     # Alive at once in a feed-forward part: input, residual, both sides of the activation; and the mask of pairs.
     alive = 4 * (tokens * 2 * (local.model.hidden + local.widest) + pairs)
-    own = held.unit_bytes + OPENED_BYTES + ALLOCATOR * alive
+    window_tokens = sum(map(batch_cost, work.batches))
+    shapes = {batch: 4 * batch_cost(batch) * local.model.hidden for batch in work.batches}
+    small = [size for size in shapes.values() if size < MMAP_BYTES]
+    blocks = min(MOST_BLOCKS, FIRST_BLOCKS + BLOCKS_A_SHAPE * len(small))
+    heap = max(HEAP_BYTES, blocks * max(small, default=0))
+    own = held.unit_bytes + OPENED_BYTES + TOKEN_BYTES * window_tokens + heap + alive
     return held.parent_bytes + held.zygote_bytes + local.weights_bytes + round(units * own)
 
 
