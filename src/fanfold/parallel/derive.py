@@ -97,6 +97,11 @@ def derived_tables(model: Any) -> Iterator[Family]:
             )
 
 
+def no_table(config: Any) -> Family:
+    """For layouts that cut no layer."""
+    return Family(types=(config.model_type,), attention="", rules={})
+
+
 def _told(config: Any) -> dict[str, str]:
     """What transformers' own plan says of layers: the end of a name -> column, row, sum_gradient, nothing."""
     found = {}

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import PlanError
-from fanfold.parallel.families import check_split
+from fanfold.parallel.families import check_split, has_table
 from fanfold.parallel.mesh import Split, parse_split
 from fanfold.tasks.checkpoint import first_of
 
@@ -38,12 +38,18 @@ def read_layout(layout: str | None, checkpoints: Sequence[Checkpoint], *, verb: 
             allowed="tensor=N, pipeline=N; context=N with fanfold embed, ff.parallel and fanfold equal",
             do="leave context away",
         )
-    check_split(SimpleNamespace(**_with_defaults(checkpoints[0])), split)
-    return split
+    config = SimpleNamespace(**_with_defaults(checkpoints[0]))
+    check_split(config, split)
+    if has_table(config):
+        return split
+    from fanfold.tasks.derived import with_table
+
+    return with_table(checkpoints[0].path, split)
 
 
 def shown_layout(split: Split) -> str:
-    return f"{split}: {split.units} processes share one model"
+    more = f", by {split.shown_check}" if split.table else ""
+    return f"{split}: {split.units} processes share one model{more}"
 
 
 def _with_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
