@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fanfold.errors import PlanError
 
@@ -94,7 +94,7 @@ class Mesh:
 
 def parse_split(layout: str) -> Split:
     """`tensor=2`, `pipeline=2,tensor=2`, `context=2:ring`. Raises PlanError."""
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {}
     method: ContextMethod = "allgather"
     for part in filter(None, (word.strip() for word in layout.replace(" ", ",").split(","))):
         name, sign, value = part.partition("=")
