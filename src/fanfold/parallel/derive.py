@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fanfold.errors import PlanError
-from fanfold.parallel.pipeline import blocks_of
 from fanfold.parallel.rules import Family, heads_of
+from fanfold.parallel.stacks import stacks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,8 +55,7 @@ def derived_tables(model: Any) -> Iterator[Family]:
     config = model.config
     if config.is_encoder_decoder:
         raise _underivable(config, "an encoder and a decoder")
-    _, blocks = blocks_of(model)
-    block = blocks[0]
+    block = stacks_of(model)[0].blocks[0]
     told = _told(config)
     heads = heads_of(config, 0, 1)
     layers = [(name, module) for name, module in block.named_modules() if _is_linear(module)]
