@@ -74,6 +74,7 @@ def test_classify_gives_the_labels_and_scores_of_the_whole_model(docs, tmp_path,
         pytest.param("GPT2", "tensor=2", "cpu:2", marks=pytest.mark.nightly),
         pytest.param("Llama", "tensor=2,pipeline=2", "cpu:4", marks=pytest.mark.nightly),
         pytest.param("Bloom", "tensor=2", "cpu:2", marks=pytest.mark.nightly),
+        pytest.param("T5", "tensor=2", "cpu:2", marks=pytest.mark.nightly),
         pytest.param("Qwen2", "pipeline=3", "cpu:3", marks=pytest.mark.nightly),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 from fanfold import extras
@@ -12,6 +13,7 @@ from fanfold.parallel.mesh import Split, parse_split
 from fanfold.plan.layout import product_of
 from fanfold.quantity import parse_bytes
 from fanfold.tasks.checkpoint import find_checkpoint
+from fanfold.tasks.derived import PROMISE, with_table
 from fanfold.tasks.parallel_model import ANSWER_S, ParallelModel, start
 
 _DTYPES = ("float64", "float32", "bfloat16")
@@ -47,6 +49,9 @@ def parallel(
         extras.need(module, extra="torch", purpose="ff.parallel")
     folder = str(find_checkpoint(model, revision=revision, tokenizer=False).path)
     _check(folder, split, dtype)
+    split = with_table(folder, split)
+    if split.table is not None:
+        warnings.warn(f"ff.parallel uses {split.shown_check}", stacklevel=2)
     memory_bytes = parse_bytes(memory_per_unit, name="memory_per_unit") if memory_per_unit else None
     return ParallelModel(folder, split, dtype=dtype, timeout_s=timeout_s, memory_bytes=memory_bytes)
 
@@ -73,6 +78,7 @@ def equal(
     checkpoint = find_checkpoint(model, revision=revision, tokenizer=False)
     config = config_of(checkpoint.path)
     _check(str(checkpoint.path), split, dtype)
+    split = with_table(checkpoint.path, split)
     ranks = start(split, timeout_s=60.0)
     try:
         with scratch_folder() as folder:
@@ -86,7 +92,7 @@ def equal(
     finally:
         ranks.close()
     tiny_worst, checkpoint_worst = check.worst_of(of_tiny), check.worst_of(of_checkpoint)
-    allowed = check.promise_of(config.model_type, "float64", context=split.context)
+    allowed = PROMISE if split.table else check.promise_of(config.model_type, "float64", context=split.context)
     allowed_checkpoint = check.promise_of(config.model_type, dtype)
     record = {
         "units": split.units,
@@ -103,6 +109,7 @@ def equal(
         if split.units == split.pipeline and tiny_worst["bitwise"] and checkpoint_worst["bitwise"]
         else "T",
         "layout": str(split),
+        "table": "derived" if split.table else "of the family",
         "promise": allowed,
         "checkpoint": {
             "dtype": dtype,
@@ -130,7 +137,7 @@ def equal(
 
 def certificate(record: dict[str, Any], shown: str) -> str:
     """What `fanfold equal` prints."""
-    of = record["checkpoint"]
+    of, derived = record["checkpoint"], record["table"] == "derived"
     calls = ", ".join(f"{count} {kind}" for kind, count in record["collectives"].items()) or "none"
     return (
         f"{shown}, {record['layout']} on {record['units']} processes: equal to the whole {record['reference']}\n"
@@ -138,7 +145,8 @@ def certificate(record: dict[str, Any], shown: str) -> str:
         f"{record['num_grads']} gradients at most {record['max_rel_grad']:.1e} ({record['worst_grad_name'] or '-'}); "
         f"allowed {record['promise']:.0e}\n"
         f"  the checkpoint in {of['dtype']}: outputs {of['max_rel_logits']:.1e}; allowed {of['promise']:.0e}\n"
-        f"  collectives of one step forward and back: {calls}"
+        + ("  the family has no table: one was derived from its layers, and this check accepts it\n" if derived else "")
+        + f"  collectives of one step forward and back: {calls}"
     )
 
 

@@ -192,10 +192,27 @@ def check_split(config: Any, split: Split) -> None:
     if split.context > 1:
         check_context(config, split)
     if split.tensor > 1:
-        family_of(config)
         check_encoder_decoder(config, split)
-        for rank in range(split.tensor):
-            heads_of(config, rank, split.tensor)
+        check_heads(config, split)
+
+
+def check_heads(config: Any, split: Split) -> None:
+    """PlanError where there are too few heads."""
+    for rank in range(split.tensor):
+        heads_of(config, rank, split.tensor)
+
+
+def has_table(config: Any) -> bool:
+    """Whether a table of this file is for the model's family; else one may be derived."""
+    return config.model_type == "falcon" or any(config.model_type in family.types for family in FAMILIES)
+
+
+_derived: dict[str, Family] = {}  # in this process, by type
+
+
+def use_derived(table: Family) -> None:
+    """From now on `family_of` gives this table for its family, which has none of its own."""
+    _derived.update(dict.fromkeys(table.types, table))
 
 
 def family_of(config: Any) -> Family:
@@ -205,6 +222,8 @@ def family_of(config: Any) -> Family:
     for family in FAMILIES:
         if config.model_type in family.types:
             return family
+    if config.model_type in _derived:
+        return _derived[config.model_type]
     known = sorted({"falcon", *(name for family in FAMILIES for name in family.types)})
     raise PlanError(
         f"splitting a {config.model_type}",

@@ -7,10 +7,13 @@ of their own: `expert` units hold different experts and the same of everything e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fanfold.errors import PlanError
+
+if TYPE_CHECKING:
+    from fanfold.parallel.rules import Family
 
 Axis = Literal["data", "pipeline", "context", "expert", "tensor"]
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -32,6 +35,8 @@ class Split:
     context: int = 1
     expert: int = 1
     context_method: ContextMethod = "allgather"
+    table: Family | None = field(default=None, compare=False, repr=False)  # derived, where the family has none
+    shown_check: str = field(default="", compare=False, repr=False)  # how it was found right
 
     @property
     def units(self) -> int:
@@ -89,7 +94,7 @@ class Mesh:
 
 def parse_split(layout: str) -> Split:
     """`tensor=2`, `pipeline=2,tensor=2`, `context=2:ring`. Raises PlanError."""
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {}
     method: ContextMethod = "allgather"
     for part in filter(None, (word.strip() for word in layout.replace(" ", ",").split(","))):
         name, sign, value = part.partition("=")

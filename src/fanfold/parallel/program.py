@@ -58,6 +58,10 @@ class Ranks:
         torch.set_num_threads(self.threads)
         _quiet()
         split = self.split
+        if split.table is not None:
+            from fanfold.parallel.families import use_derived
+
+            use_derived(split.table)
         groups = Groups(self.path, rank, split, max(LOAD_S, self.timeout_s))
         world = groups.world
         comm = Comm(groups.along("tensor"))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import PlanError
-from fanfold.parallel.families import check_split
+from fanfold.parallel.families import check_split, has_table
 from fanfold.parallel.mesh import Split, parse_split
 from fanfold.tasks.checkpoint import first_of
 
@@ -38,16 +38,35 @@ def read_layout(layout: str | None, checkpoints: Sequence[Checkpoint], *, verb: 
             allowed="tensor=N, pipeline=N; context=N with fanfold embed, ff.parallel and fanfold equal",
             do="leave context away",
         )
-    check_split(SimpleNamespace(**_with_defaults(checkpoints[0])), split)
-    return split
+    if verb == "generate" and checkpoints[0].config.get("is_encoder_decoder") and split.pipeline > 1:
+        raise PlanError(
+            f"--layout {layout} with fanfold generate",
+            found=f"{checkpoints[0].model_type}, an encoder-decoder",
+            allowed="pipeline=1: its encoder is called apart from the decoder",
+            do=f"use tensor={split.units}",
+        )
+    config = SimpleNamespace(**_with_defaults(checkpoints[0]))
+    check_split(config, split)
+    if has_table(config):
+        return split
+    from fanfold.tasks.derived import with_table
+
+    return with_table(checkpoints[0].path, split)
 
 
 def shown_layout(split: Split) -> str:
-    return f"{split}: {split.units} processes share one model"
+    more = f", by {split.shown_check}" if split.table else ""
+    return f"{split}: {split.units} processes share one model{more}"
 
 
 def _with_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
     """The config with the names that the check of a layout asks for; what it leaves out is refused on the units."""
     config = checkpoint.config
-    layers = first_of(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    return {**config, "model_type": checkpoint.model_type, "num_hidden_layers": layers or 1}
+    known = {
+        "num_hidden_layers": first_of(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or 1,
+        "num_attention_heads": first_of(
+            config, "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"
+        ),
+        "hidden_size": first_of(config, "hidden_size", "n_embd", "dim", "d_model"),
+    }
+    return {**config, **known, "model_type": checkpoint.model_type}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fanfold.parallel.program import Here
+    from fanfold.parallel.split import HeadKind
     from fanfold.tasks.decode import Completion, Prompt
     from fanfold.tasks.generate import Generate
 
@@ -25,9 +26,10 @@ class SplitDecoder:
 
     def __init__(self, task: Generate) -> None:
         folder = str(task.checkpoint.path)
-        steps = shares_steps(folder)
+        head: HeadKind = "own" if task.encodes else "causal"
+        steps = not task.encodes and shares_steps(folder)
         with ends_with_its_group():
-            self._model = ParallelModel(folder, task.split, dtype=task.dtype, timeout_s=60.0, head="causal")
+            self._model = ParallelModel(folder, task.split, dtype=task.dtype, timeout_s=60.0, head=head)
             self._model.apply(_open, task=replace(task, split=Split()), steps=steps)
 
     def complete(
