@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fanfold.errors import InternalError, UnitLost, cause_line
+from fanfold.parallel.shared_file import process_state
 from fanfold.parallel.shared_head import HeadCache
 
 if TYPE_CHECKING:
@@ -251,9 +252,10 @@ def _bytes_of(flat: Array) -> torch.Tensor:
 
 
 def _lives(pid: int) -> bool:
-    import psutil
-
+    if os.path.isdir("/proc/self"):
+        return process_state(pid) is not None
     try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
+        os.kill(pid, 0)
+    except OSError:
         return False
+    return True
