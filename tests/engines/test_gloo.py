@@ -12,6 +12,7 @@ import pytest
 from fanfold.engine.supervisor import child_environment
 
 pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
 RANKS = Path(__file__).with_name("shared_ranks.py")
 
 
