@@ -16,14 +16,14 @@ from transformers import LogitsProcessor
 class Draws(LogitsProcessor):  # type: ignore[misc]
     """Behind the warpers; greedy choice of what it returns is a draw."""
 
-    def __init__(self, seed: int, prompt: int) -> None:
-        self._seed, self._prompt = seed, prompt
+    def __init__(self, seed: int, prompt: int, first_row: int = 0) -> None:
+        self._seed, self._prompt, self._first_row = seed, prompt, first_row
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         position = input_ids.shape[1] - self._prompt
         noise = torch.empty(scores.shape, dtype=torch.float64)
         for row in range(len(scores)):
-            digest = hashlib.sha256(f"{self._seed} {row} {position}".encode()).digest()
+            digest = hashlib.sha256(f"{self._seed} {self._first_row + row} {position}".encode()).digest()
             chance = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             noise[row].exponential_(generator=chance)
         return (scores.double().cpu() - noise.log()).to(scores.device)

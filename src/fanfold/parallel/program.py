@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fanfold.parallel.mesh import Split
-    from fanfold.parallel.pipeline import Stage
     from fanfold.parallel.split import Share
     from fanfold.parallel.tensors import TensorGroup
 
@@ -116,9 +115,11 @@ class Ranks:
                         model.forward = stepping(model.forward, sequence, decoding)
                         values["options"]["past_key_values"] = cut_cache(decoding, model.config.num_hidden_layers)
                     elif between is not None:
-                        model.forward = partial(_everywhere, model.forward, share.stage, between, lead)
+                        from fanfold.parallel.microbatches import logits_or_nothing
+
+                        model.forward = partial(logits_or_nothing, model.forward, model.config)
                     try:
-                        ids = _generate(model, **values)
+                        ids = _generate(model, between, lead, self.threads, **values)
                     finally:
                         model.__dict__.pop("forward", None)
                     if rank == lead:
@@ -144,44 +145,54 @@ def _call(forward: Any, values: dict[str, Any]) -> Any:
     return type(out)(**{name: value for name, value in out.items() if name != "past_key_values"})
 
 
-def _everywhere(forward: Any, stage: Stage, world: TensorGroup, lead: int, *args: Any, **inputs: Any) -> Any:
-    """The last position's logits on every stage, so that all of them take the same token."""
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+def _generate(
+    model: Any,
+    world: TensorGroup | None,
+    lead: int,
+    threads: int,
+    *,
+    input_ids: Any,
+    attention_mask: Any,
+    seed: int | None,
+    micro_batches: int,
+    options: dict[str, Any],
+) -> Any:
+    """Token ids [B, prompt + new]. The same on every rank: the lead's choice, or each rank's from the same logits.
 
-    from fanfold.parallel.pipeline import Stop
-    from fanfold.parallel.tensors import array_of, tensor_of
-
-    try:
-        out = forward(*args, **inputs)
-        logits = out.logits[:, -1:].contiguous()
-    except Stop:
-        ids, config = inputs["input_ids"], stage.model.config
-        logits = torch_zeros((ids.shape[0], 1, config.vocab_size), stage.model.dtype)
-    logits = tensor_of(world.broadcast(array_of(logits), lead, "logits"))
-    return CausalLMOutputWithPast(logits=logits, past_key_values=inputs.get("past_key_values"))
-
-
-def torch_zeros(shape: tuple[int, ...], dtype: Any) -> Any:
-    import torch
-
-    return torch.zeros(shape, dtype=dtype)
-
-
-def _generate(model: Any, input_ids: Any, attention_mask: Any, seed: int | None, options: dict[str, Any]) -> Any:
-    """Token ids [B, prompt + new]. The same on every rank: logits are, and draws depend on seed, row and position."""
+    Draws depend on seed, row and position.
+    """
     import torch
     from transformers import LogitsProcessorList
 
     from fanfold.parallel.draws import Draws, take_warpers
+    from fanfold.parallel.microbatches import generate_in_turns
 
-    processors = LogitsProcessorList()
-    if options.pop("do_sample", False):
-        processors = LogitsProcessorList([*take_warpers(options), Draws(seed or 0, input_ids.shape[1])])
-    return model.generate(
+    draws = options.pop("do_sample", False)
+    warpers = take_warpers(options) if draws else []
+
+    def one(ids: Any, mask: Any, first_row: int = 0, last: Any = None) -> Any:
+        drawn = [*warpers, Draws(seed or 0, ids.shape[1], first_row)] if draws else []
+        return model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids) if mask is None else mask,
+            do_sample=False,
+            num_beams=1,
+            logits_processor=LogitsProcessorList([*drawn, *([] if last is None else [last])]),
+            **options,
+        )
+
+    if world is None:
+        return one(input_ids, attention_mask)
+    pad = options.get("pad_token_id", model.generation_config.pad_token_id)
+    end = options.get("eos_token_id", model.generation_config.eos_token_id)
+    pad = (end[0] if isinstance(end, list) else end) if pad is None else pad
+    return generate_in_turns(
+        one,
+        world,
+        lead,
+        micro_batches=micro_batches,
+        threads=threads,
+        pad=pad or 0,
         input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
-        do_sample=False,
-        num_beams=1,
-        logits_processor=processors,
-        **options,
+        attention_mask=attention_mask,
     )

@@ -12,6 +12,7 @@ from fanfold.engine.group import Group
 from fanfold.engine.supervisor import IN_WORKER, Supervisor
 from fanfold.errors import PlanError, UnitLost
 from fanfold.parallel.program import Beat
+from fanfold.parallel.ring import MOST
 from fanfold.parallel.transport import new_place, remove
 from fanfold.plan.plan import Unit
 
@@ -63,8 +64,24 @@ class ParallelModel:
         self._ranks.ask("call", inputs)
         return self._ranks.answer(ANSWER_S)
 
-    def generate(self, input_ids: Any, *, attention_mask: Any = None, seed: int | None = None, **options: Any) -> Any:
+    def generate(
+        self,
+        input_ids: Any,
+        *,
+        attention_mask: Any = None,
+        seed: int | None = None,
+        micro_batches: int = 1,
+        **options: Any,
+    ) -> Any:
         self._check(input_ids)
+        most = min(MOST, len(input_ids)) if self.split.pipeline > 1 else 1
+        if not 1 <= micro_batches <= most:
+            raise PlanError(
+                f"generate(..., micro_batches={micro_batches})",
+                found=f"{len(input_ids)} row(s) in layout {self.split}",
+                allowed=f"1 to {most}: a micro-batch has a row at the least, {MOST} go round at most",
+                do=f"use micro_batches={most}" if self.split.pipeline > 1 else "leave it away, or use pipeline=2",
+            )
         if self.split.context > 1 and self.split.pipeline > 1:
             raise PlanError(
                 f"generate with --layout {self.split}",
@@ -77,6 +94,7 @@ class ParallelModel:
 
         check_generate(config_of(self._folder), self.split)
         values = {"input_ids": input_ids, "attention_mask": attention_mask, "seed": seed, "options": options}
+        values["micro_batches"] = micro_batches
         self._ranks.ask("generate", values)
         return self._ranks.answer(ANSWER_S)
 

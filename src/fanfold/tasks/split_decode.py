@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fanfold.parallel.mesh import Split
 from fanfold.tasks.parallel_model import ParallelModel, ends_with_its_group
@@ -53,6 +53,7 @@ def shares_steps(folder: str) -> bool:
 
 def _open(here: Here, task: Generate, steps: bool) -> None:
     """On every rank: a decoder for its share of the model."""
+    from fanfold.parallel.microbatches import logits_or_nothing
     from fanfold.parallel.ring import Tokens
     from fanfold.tasks.completer import GenerateOnUnit
 
@@ -60,7 +61,7 @@ def _open(here: Here, task: Generate, steps: bool) -> None:
     unit = GenerateOnUnit(task, "cpu")
     agree = Tokens(here.world, here.lead).agree
     if here.world is not None and not steps:
-        share.model.forward = partial(_forward, share.model.forward, share.model.config)
+        share.model.forward = partial(logits_or_nothing, share.model.forward, share.model.config)
     here.kept["unit"] = unit
     here.kept["decoder"] = unit.make_decoder(share.model, steps=steps, run=share.stage.forward, agree=agree)
 
@@ -69,17 +70,3 @@ def _complete(here: Here, prompts: Sequence[Prompt]) -> list[Completion]:
     guided = [replace(prompt, guide=here.kept["unit"].guide(prompt.filler)) for prompt in prompts]
     found: list[Completion] = here.kept["decoder"].complete(guided, here.beat)
     return found
-
-
-def _forward(forward: Callable[..., Any], config: Any, *args: Any, **inputs: Any) -> Any:
-    """For transformers' own `generate`: logits of nothing on a stage that has none, as they are not looked at."""
-    import torch
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    from fanfold.parallel.pipeline import Stop
-
-    try:
-        return forward(*args, **inputs)
-    except Stop:
-        nothing = torch.zeros(1).expand(len(inputs["input_ids"]), 1, config.vocab_size)
-        return CausalLMOutputWithPast(logits=nothing, past_key_values=inputs.get("past_key_values"))
