@@ -77,6 +77,7 @@ def test_what_is_no_measurement_is_not_scored(tmp_path, capsys):
         {**ROW, "config_id": "b", "metric": "mfu", "unit": "%"},
         {**ROW, "config_id": "c", "confidence": "derived"},
         {**ROW, "config_id": "d", "metric": "peer_step_time"},
+        {**ROW, "config_id": "f", "notes": "INFERENCE SQuAD forward only"},
         {**ROW, "config_id": "e", "confidence": "digitised-figure(+-2%)"},
         {**ROW, "metric": "tokens_per_s", "value": "1", "unit": "tok/s"},  # the same run as ROW's
     )

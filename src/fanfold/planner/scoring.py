@@ -82,7 +82,7 @@ def not_scored(row: Row) -> str | None:
     if "mfu" in metric or "hfu" in metric:
         return "a utilisation"
     if metric in TRAINING:
-        return None
+        return "forward only, no step" if re.search(r"\bforward only\b", row.get("notes", ""), re.I) else None
     if metric in SERVING:
         rate = offered(row)
         if rate is not None and math.isfinite(rate) and SERVING[metric] in RATES:
