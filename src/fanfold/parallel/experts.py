@@ -100,6 +100,13 @@ def check_experts(config: Any, split: Split) -> None:
                 allowed=f"expert=1 to expert={count}: an expert stays whole",
                 do=f"use expert={count} and tensor for the rest",
             )
+    if config.model_type == "deepseek_v3" and split.tensor > 1:
+        raise PlanError(
+            asked,
+            found="attention over a latent that all heads share, which no table cuts",
+            allowed="expert=N",
+            do=f"use expert={split.units}",
+        )
     if config.model_type in TYPES and split.pipeline > 1 and getattr(config, "output_router_logits", False):
         raise PlanError(
             asked,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import PlanError
+from fanfold.parallel.experts import TYPES as EXPERT_TYPES
 from fanfold.parallel.experts import check_experts
 from fanfold.parallel.families_seq2seq import BART, T5, VIT, check_encoder_decoder, num_blocks
 from fanfold.parallel.rules import Family, Kind, What, heads_of
@@ -211,6 +212,8 @@ def check_heads(config: Any, split: Split) -> None:
 
 def has_table(config: Any) -> bool:
     """Whether a table of this file is for the model's family; else one may be derived."""
+    if config.model_type in EXPERT_TYPES:  # their experts are cut without one
+        return True
     return config.model_type == "falcon" or any(config.model_type in family.types for family in FAMILIES)
 
 
