@@ -12,9 +12,10 @@ from transformers import AutoConfig
 import fanfold as ff
 from fanfold.errors import PlanError
 from fanfold.parallel import equal
+from fanfold.parallel.comm import Comm
 from fanfold.parallel.families import check_split
 from fanfold.parallel.mesh import Split
-from fanfold.parallel.split import architecture, empty_model
+from fanfold.parallel.split import architecture, cut_model, empty_model
 from fanfold.parallel.stacks import holdings_of
 from fanfold.parallel.tiny import tiny_config, tiny_model
 from fanfold.tasks.parallel_model import start
@@ -134,6 +135,23 @@ def test_every_weight_has_a_stage_and_only_shared_ones_have_several():
     }
     assert held.stages["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] == [0]
     assert held.stages["lm_head.weight"] == [1]
+
+
+class Nobody:
+    """A transport that is never used."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+
+
+def test_ranks_with_uneven_shares_cut_the_stages_alike():
+    config = config_named("t5 base", 2, 2)
+    cuts = []
+    for rank in range(2):
+        model = empty_model(config, architecture(config), torch.float32)
+        share = cut_model(model, Comm(Nobody(rank, 2)))
+        cuts.append(holdings_of(share.model, 2, share.shapes).mine)
+    assert cuts[0] == cuts[1]
 
 
 # -- as a user has them -----------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ def equal(
         "num_grads": tiny_worst["num_grads"],
         "collectives": tiny_worst["collectives"],
         "collective_bytes": tiny_worst["bytes"],
+        "expert_load": tiny_worst["expert_load"],
         "level": "B"
         if split.units == split.pipeline and tiny_worst["bitwise"] and checkpoint_worst["bitwise"]
         else "T",

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fanfold.parallel.experts import TYPES as EXPERT_TYPES
+from fanfold.parallel.experts import loads_of
 from fanfold.parallel.inputs import inputs_for, labels_for
 from fanfold.parallel.split import load_share
 
@@ -41,6 +43,7 @@ def compare(
     split: Split | None = None,
     world: SharedGroup | None = None,
     context: Comm | None = None,
+    expert: Comm | None = None,
 ) -> dict[str, Any]:
     """On one rank: its share against the whole model, both from `folder`. All ranks call it at once.
 
@@ -48,9 +51,11 @@ def compare(
     """
     ledger = comm.ledger
     ledger.begin(skip)
-    share = load_share(folder, comm, dtype, split=split, world=world, context=context)
+    share = load_share(folder, comm, dtype, split=split, world=world, context=context, expert=expert)
     stage = share.stage
-    whole = type(share.model).from_pretrained(str(folder), dtype=dtype, local_files_only=True).eval()
+    # torch has no grouped product in float64: experts one after the other
+    options = {"experts_implementation": "eager"} if share.model.config.model_type in EXPERT_TYPES else {}
+    whole = type(share.model).from_pretrained(str(folder), dtype=dtype, local_files_only=True, **options).eval()
     inputs = inputs_for(whole)
     found = _outputs(share.model, inputs, share.forward)
     expected = _outputs(whole, inputs, whole)
@@ -72,6 +77,7 @@ def compare(
     record["skipped"] = ledger.skipped
     record["collectives"] = dict(ledger.calls)
     record["bytes"] = dict(ledger.bytes)
+    record["expert_load"] = loads_of(share.model)
     return record
 
 
@@ -110,7 +116,7 @@ def _gradients(share: Any, whole: Any) -> dict[str, Any]:
         floor = max(float(expected.abs().max()), _FLOOR * largest)
         cut = share.cuts.get(name)
         if cut is not None:
-            expected = expected.index_select(cut.dim, torch.tensor(cut.index))
+            expected = cut.of(expected)
         error = float((parameter.grad - expected).abs().max()) / floor if expected.numel() else 0.0
         if not error <= worst:
             worst, name_of_worst = error, name

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import PlanError
+from fanfold.parallel.experts import TYPES as EXPERT_TYPES
+from fanfold.parallel.experts import check_experts
 from fanfold.parallel.families_seq2seq import BART, T5, VIT, check_encoder_decoder, num_blocks
 from fanfold.parallel.rules import Family, Kind, What, heads_of
 from fanfold.parallel.sequence_families import check_context
@@ -108,8 +110,20 @@ _LLAMA = Family(
     rules=_LLAMA_RULES,
     attributes={"num_key_value_groups": "groups"},
 )
+_MOE_RULES: dict[str, tuple[Kind, What | None]] = {
+    **_LLAMA_RULES,
+    "shared_expert.gate_proj": ("column", "inner"),
+    "shared_expert.up_proj": ("column", "inner"),
+    "shared_expert.down_proj": ("row", "inner"),
+}
+_MOE = Family(  # the experts themselves: parallel/experts.py
+    types=("mixtral", "qwen2_moe"),
+    attention="self_attn",
+    rules=_MOE_RULES,
+    attributes={"num_key_value_groups": "groups"},
+)
 _QWEN3 = Family(
-    types=("qwen3",),
+    types=("qwen3", "qwen3_moe"),
     attention="self_attn",
     rules={**_LLAMA_RULES, "self_attn.q_norm": ("sum_gradient", None), "self_attn.k_norm": ("sum_gradient", None)},
     attributes={"num_key_value_groups": "groups"},
@@ -168,7 +182,7 @@ def _falcon(config: Any) -> Family:
 
 FAMILIES = (
     _BERT, _DISTILBERT, _MODERNBERT, _GPT2, _OPT, _NEOX, _GPTJ, _LLAMA, _QWEN3, _OLMO2, _PHI3, _BLOOM,
-    T5, BART, VIT,
+    T5, BART, VIT, _MOE,
 )  # fmt: skip
 
 
@@ -182,13 +196,7 @@ def check_split(config: Any, split: Split) -> None:
             allowed=f"pipeline=1 to pipeline={blocks}: a stage holds a layer at the least",
             do=f"use pipeline={blocks}",
         )
-    if split.expert > 1:
-        raise PlanError(
-            f"--layout {split}",
-            found=f"a {config.model_type}, which is not cut by expert yet",
-            allowed="tensor=N, pipeline=N, context=N",
-            do="leave expert away",
-        )
+    check_experts(config, split)
     if split.context > 1:
         check_context(config, split)
     if split.tensor > 1:
@@ -204,6 +212,8 @@ def check_heads(config: Any, split: Split) -> None:
 
 def has_table(config: Any) -> bool:
     """Whether a table of this file is for the model's family; else one may be derived."""
+    if config.model_type in EXPERT_TYPES:  # their experts are cut without one
+        return True
     return config.model_type == "falcon" or any(config.model_type in family.types for family in FAMILIES)
 
 

@@ -42,11 +42,11 @@ class Stage:
         self._encoded: torch.Tensor | None = None
         self._shared: list[tuple[str, list[int]]] = []  # parameters that several stages hold, and which
 
-    def cut(self) -> None:
-        """Stubs and pass-throughs stand where other stages compute."""
+    def cut(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Stubs and pass-throughs stand where other stages compute; `shapes` of the whole tensors."""
         if self.stages == 1:
             return
-        held = holdings_of(self.model, self.stages)
+        held = holdings_of(self.model, self.stages, shapes)
         mine = held.mine[self.stage]
         self._share(held)
         for number, stack in enumerate(held.stacks):

@@ -65,6 +65,7 @@ class Ranks:
         world = groups.world
         comm = Comm(groups.along("tensor"))
         context = Comm(groups.along("context"), comm.ledger)
+        expert = Comm(groups.along("expert"), comm.ledger)
         between = world if split.pipeline > 1 else None
         lead = (split.pipeline - 1) * split.width
         model: Any = None
@@ -83,6 +84,7 @@ class Ranks:
                         world=between,
                         head=values["head"],
                         context=context,
+                        expert=expert,
                     )
                     model = share.model
                     world.barrier("load")
@@ -93,7 +95,9 @@ class Ranks:
 
                     dtype = getattr(torch, values.pop("dtype"))
                     folder = values.pop("folder")
-                    record = compare(folder, comm, dtype, split=split, world=between, context=context, **values)
+                    comms = {"context": context, "expert": expert}
+                    values |= {"split": split, "world": between, **comms}
+                    record = compare(folder, comm, dtype, **values)
                     channel.send({**record, "pid": os.getpid()})
                 elif verb == "call":
                     answer = _call(share.forward, values)

@@ -12,18 +12,20 @@ import torch
 from torch import nn
 
 from fanfold.errors import PlanError, SafetyError
+from fanfold.parallel.comm import Comm
+from fanfold.parallel.experts import cut_experts
 from fanfold.parallel.families import family_of
 from fanfold.parallel.layers import Column, HeadNorm, Row
 from fanfold.parallel.pipeline import Stage
 from fanfold.parallel.rules import heads_of, index_of
 from fanfold.parallel.sequence import Sequence
+from fanfold.parallel.tensors import Alone
 from fanfold.parallel.vocabulary import cut_vocabulary
 from fanfold.parallel.weights import Cut, fill, open_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fanfold.parallel.comm import Comm
     from fanfold.parallel.mesh import Split
     from fanfold.parallel.rules import Family, Heads
     from fanfold.parallel.shared import SharedGroup
@@ -106,23 +108,24 @@ def load_share(
     world: SharedGroup | None = None,
     head: HeadKind = "own",
     context: Comm | None = None,
+    expert: Comm | None = None,
 ) -> Share:
     """The rank's share of the checkpoint; nothing else of it is read or held.
 
     `comm`: the ranks that share layers. `world`: all ranks, where there are pipeline stages. `context`: the ranks that
-    share a sequence, where it is cut. `head`: as for `architecture`.
+    share a sequence, where it is cut; `expert`: those that hold a layer's experts. `head`: as for `architecture`.
     """
     config = config_of(folder)
     model = empty_model(config, architecture(config, head=head), dtype)
     sequence = None
     if split is not None and context is not None and context.size > 1:
         sequence = Sequence(model, context, split.context_method)
-    share = cut_model(model, comm)
+    share = cut_model(model, comm, expert)
     share.sequence = sequence
     stages, width = (split.pipeline, split.width) if split else (1, comm.size)
     rank = 0 if world is None else world.rank
     share.stage = Stage(share.model, rank // width, stages, world, width)
-    share.stage.cut()
+    share.stage.cut(share.shapes)
     fill(share, open_files(Path(folder), str(folder)), dtype, str(folder))
     if (Path(folder) / "generation_config.json").exists() and share.model.can_generate():
         from transformers import GenerationConfig
@@ -168,7 +171,7 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = real
 
 
-def cut_model(model: Any, comm: Comm) -> Share:
+def cut_model(model: Any, comm: Comm, expert: Comm | None = None) -> Share:
     """Replace what the family's table names. The model may hold weights, which are cut then, or be on meta."""
     share = Share(model, Stage(model, 0, 1, None, comm.size))
     by_tensor: dict[int, list[str]] = {}
@@ -177,6 +180,7 @@ def cut_model(model: Any, comm: Comm) -> Share:
         by_tensor.setdefault(id(parameter), []).append(name)
     for names in by_tensor.values():
         share.same |= dict.fromkeys(names, names)
+    cut_experts(share, comm, expert or Comm(Alone()))
     if comm.size == 1:
         return share
     family = family_of(model.config)

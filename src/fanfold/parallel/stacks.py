@@ -6,6 +6,7 @@ Weights before a stack's blocks live with its first block, those behind with its
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -94,11 +95,19 @@ def cut_blocks(costs: list[float], first: float, last: float, stages: int) -> li
     return [range(start, stop) for start, stop in pairwise(ends)]
 
 
-def holdings_of(model: Any, stages: int) -> Holdings:
-    """The same on every rank: a function of the model's tree and its sizes."""
+def holdings_of(model: Any, stages: int, shapes: dict[str, tuple[int, ...]] | None = None) -> Holdings:
+    """The same on every rank: a function of the model's tree and its `shapes`, those of whole tensors.
+
+    A rank's own sizes would not do: shares are uneven, and ranks of one stage must hold the same blocks.
+    """
     stacks = stacks_of(model)
-    costs = [float(sum(p.numel() for p in block.parameters())) for stack in stacks for block in stack.blocks]
-    ranges = cut_blocks(costs, 0.0, float(_output_weights(model)), stages)
+    shapes = shapes or {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    costs = [
+        float(sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(f"{stack.name}.{number}.")))
+        for stack in stacks
+        for number in range(len(stack.blocks))
+    ]
+    ranges = cut_blocks(costs, 0.0, float(_output_weights(model, shapes)), stages)
     starts = np.cumsum([0, *(len(stack.blocks) for stack in stacks)]).tolist()
     mine = [
         [
@@ -154,9 +163,10 @@ def _every_block_has_it(stack: Stack) -> bool:
     return len(stack.blocks) > 1 and any(name == BIAS for name, _ in stack.blocks[1].named_modules())
 
 
-def _output_weights(model: Any) -> int:
+def _output_weights(model: Any, shapes: dict[str, tuple[int, ...]]) -> int:
     try:
         head = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
-        head = None
-    return 0 if head is None else int(head.weight.numel())
+        return 0
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    return 0 if head is None else math.prod(shapes[f"{name}.weight"])

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fanfold.errors import InputError, PlanError
+from fanfold.errors import InputError
+from fanfold.parallel.pieces import add_piece
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fanfold.parallel.pieces import Pieces
     from fanfold.parallel.split import Share
 
 INDEX = "model.safetensors.index.json"
@@ -21,10 +23,15 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Of which dimension of the whole tensor a rank holds which indices."""
+    """Of which dimension of the whole tensor a rank holds which indices; `then`, of another dimension of those."""
 
     dim: int
     index: list[int]
+    then: Cut | None = None
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        found = whole.index_select(self.dim, torch.tensor(self.index, device=whole.device))
+        return found if self.then is None else self.then.of(found)
 
 
 @dataclass(slots=True)
@@ -33,23 +40,23 @@ class Files:
 
     folder: Path
     where: dict[str, Path] = field(default_factory=dict)
+    pieces: dict[str, Pieces] = field(default_factory=dict)  # what stands in several tensors
     read_bytes: int = 0
     _open: dict[Path, Any] = field(default_factory=dict)
 
     def read(self, name: str, cut: Cut | None) -> torch.Tensor:
         """The tensor or its share, each run of neighbours with one read."""
+        if name in self.pieces:
+            return self.pieces[name].read(self, cut, Cut)
         file = self._file_of(name)
-        if cut is None:
-            found = file.get_tensor(name)
-        else:
-            whole = file.get_slice(name)
-            parts = [whole[:, run] if cut.dim else whole[run] for run in runs(cut.index)]
-            found = torch.cat(parts, dim=cut.dim) if len(parts) > 1 else parts[0]
+        found = file.get_tensor(name) if cut is None else _slices(file.get_slice(name), cut)
         self.read_bytes += found.numel() * found.element_size()
         tensor: torch.Tensor = found
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self.pieces:
+            return self.pieces[name].shape(self)
         return tuple(self._file_of(name).get_slice(name).get_shape())
 
     def _file_of(self, name: str) -> Any:
@@ -60,6 +67,18 @@ class Files:
         if path not in self._open:
             self._open[path] = safe_open(str(path), framework="pt")
         return self._open[path]
+
+
+def _slices(whole: Any, cut: Cut, before: tuple[tuple[int, slice], ...] = ()) -> torch.Tensor:
+    parts = []
+    for run in runs(cut.index):
+        at = (*before, (cut.dim, run))
+        if cut.then is not None:
+            parts.append(_slices(whole, cut.then, at))
+        else:
+            dims = dict(at)
+            parts.append(whole[tuple(dims.get(dim, slice(None)) for dim in range(max(dims) + 1))])
+    return torch.cat(parts, dim=cut.dim) if len(parts) > 1 else parts[0]
 
 
 def runs(index: list[int]) -> list[slice]:
@@ -154,14 +173,12 @@ def _names_now(model: Any, files: Files, shown: str) -> dict[str, str]:
     converters = [entry for entry in mapping if not isinstance(entry, WeightRenaming)]
     names = {}
     for name in files.where:
-        renamed, converter = rename_source_key(name, renamings, converters)
-        if converter is not None:
-            raise PlanError(
-                f"splitting {shown}",
-                found=f"{name} is stored in pieces that transformers puts together while loading",
-                allowed="checkpoints whose tensors are stored as the model holds them",
-                do="load it once with transformers and save it again with save_pretrained(save_original_format=False)",
-            )
+        renamed, pattern = rename_source_key(name, renamings, converters)
+        if pattern is not None:
+            converter = next(entry for entry in converters if pattern in entry.source_patterns)
+            add_piece(files.pieces, renamed, name, pattern, converter, shown)
+            names[renamed] = renamed
+            continue
         names[renamed] = name
     return names
 

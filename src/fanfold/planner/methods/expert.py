@@ -22,3 +22,15 @@ def exchange_s(cluster: Cluster, degrees: Degrees, tokens: int, hidden: int, cho
     stride = degrees.tensor if e <= degrees.data * degrees.context else 1
     size = tokens * chosen * hidden * num_bytes / degrees.tensor
     return 2 * alltoall_s(cluster, group(cluster, e, stride), size)
+
+
+def collectives(
+    *, layers: int, tokens: int, hidden: int, chosen: int, num_bytes: int, backward: bool
+) -> tuple[int, int]:
+    """Sums over the units of a step whose tokens are on all of them: how many, and their bytes (`parallel/experts.py`).
+
+    Of each of `layers` layers of experts, the outputs forward; back, the gradients of the hidden states and of the
+    `chosen` weights of every token.
+    """
+    states, weights = tokens * hidden * num_bytes, tokens * chosen * num_bytes
+    return layers * (3 if backward else 1), layers * (states + (states + weights if backward else 0))
