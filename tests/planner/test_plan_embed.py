@@ -126,3 +126,11 @@ def test_lengths_alone_are_planned(capsys, measured):
     assert record["rows"] == 100_000
     assert 100_000 * 23 < record["tokens"] < 100_000 * 120
     assert record["one_unit_elapsed_s"] >= record["elapsed_s"]
+
+
+@pytest.mark.torch
+def test_a_probe_beside_other_programs_is_said_to_be_one(capsys, monkeypatch):
+    rates = replace(short_rates(2), own_share=0.5)
+    monkeypatch.setattr(plan_embed_module, "rates_for", lambda machine: rates)
+    assert run(["plan", "embed", "--tokens-per-row", "23,120", "--rows", "100"]) == 0
+    assert "while other programs took 50% of a core" in capsys.readouterr().out

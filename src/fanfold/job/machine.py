@@ -142,6 +142,7 @@ def _detail_lines(measured: dict[str, Any], cores: int) -> list[str]:
             for name, link in measured["links"].items()
         ),
         f"imports:  {measured['import_s']:.1f} s of a processor until units can start",
+        f"measured: in {measured['elapsed_s']:.1f} s, with {measured['own_share']:.0%} of a core; others had the rest",
     ]
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fanfold.plan.plan import Plan
     from fanfold.tasks.embed import Embed
 
+_IDLE = 0.9  # share of a core that a probe should have had; caches shared with others slow what is measured
 _SAMPLE_BYTES = 1_000_000  # of text that are tokenised; beyond, every n-th row of the window
 _COUNTED_BYTES = 200_000_000  # of an input whose rows are counted; a Parquet file says how many it has
 _WORDS = "the of and a to in is that for it as was with be by on not he his but at are this have from or had an they "
@@ -236,6 +237,11 @@ def _advice(
         )
     else:
         lines.append(f"threads: {threads} a unit is as fast as any; units share nothing, threads wait for each other")
+    if rates.own_share < _IDLE:
+        lines.append(
+            f"this machine was measured while other programs took {1 - rates.own_share:.0%} of a core: "
+            "fanfold machine --probe measures it again"
+        )
     fused = (found.operators["elementwise"] + found.operators["host"]) * found.terms["compute"]
     lines.append(
         f"--compile on: fuses operators that take up to {format_duration(fused)}, after half a minute of compiling"
