@@ -83,7 +83,7 @@ def equal(
     try:
         with scratch_folder() as folder:
             ways = split.tensor * (split.context if split.context_method == "ulysses" else 1)  # that share heads
-            save_tiny(config, folder / "tiny", ways, split.pipeline, seed)
+            save_tiny(config, folder / "tiny", ways, split.pipeline, seed, split.expert)
             values = {"folder": str(folder / "tiny"), "dtype": "float64", "gradients": True}
             ranks.ask("compare", values)
             of_tiny = ranks.answers(ANSWER_S)

@@ -16,7 +16,7 @@ _NO_RANDOMNESS = ("dropout", "pdrop", "drop_prob", "layerdrop")
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "decoder_start_token_id")
 
 
-def tiny_config(config: Any, tensor: int, pipeline: int = 1) -> Any:
+def tiny_config(config: Any, tensor: int, pipeline: int = 1, expert: int = 1) -> Any:
     """The config with few, uneven heads: one more key-value head than ranks that share layers (one stays one)."""
     tiny = copy.deepcopy(config)
     group = max(1, config.num_attention_heads // _kv(config))
@@ -46,9 +46,9 @@ def tiny_config(config: Any, tensor: int, pipeline: int = 1) -> Any:
         "num_key_value_heads": kv,
         "num_kv_heads": kv,
         "max_position_embeddings": 64,
-        "num_local_experts": 5,
-        "num_experts": 5,
-        "n_routed_experts": 5,
+        "num_local_experts": max(5, expert + 1),
+        "num_experts": max(5, expert + 1),
+        "n_routed_experts": max(5, expert + 1),
         "n_group": 1,
         "topk_group": 1,
         "num_experts_per_tok": 2,
@@ -97,7 +97,7 @@ def _kv(config: Any) -> int:
     return int(found or config.num_attention_heads)
 
 
-def save_tiny(config: Any, folder: Path, tensor: int, pipeline: int = 1, seed: int = 0) -> None:
+def save_tiny(config: Any, folder: Path, tensor: int, pipeline: int = 1, seed: int = 0, expert: int = 1) -> None:
     """A tiny copy of what the config describes, as a checkpoint."""
     import transformers
 
@@ -106,18 +106,18 @@ def save_tiny(config: Any, folder: Path, tensor: int, pipeline: int = 1, seed: i
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        tiny_model(config, architecture(config), tensor, pipeline, seed).save_pretrained(folder)
+        tiny_model(config, architecture(config), tensor, pipeline, seed, expert).save_pretrained(folder)
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()
 
 
-def tiny_model(config: Any, cls: Any, tensor: int, pipeline: int = 1, seed: int = 0) -> Any:
+def tiny_model(config: Any, cls: Any, tensor: int, pipeline: int = 1, seed: int = 0, expert: int = 1) -> Any:
     """Random weights from a fixed seed; norms and biases are random too, so that an error in them shows."""
     import torch
 
     torch.manual_seed(seed)
-    model = cls(tiny_config(config, tensor, pipeline))
+    model = cls(tiny_config(config, tensor, pipeline, expert))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
