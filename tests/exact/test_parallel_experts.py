@@ -182,6 +182,19 @@ def test_a_rank_that_sleeps_among_experts_is_named_with_its_layer(tmp_path):
     assert "rank 1" in str(caught.value)
 
 
+def test_a_rank_that_is_killed_among_experts_is_named(tmp_path):
+    saved("mixtral", tmp_path, Split(expert=2))
+    ids = torch.randint(5, 101, (2, 7))
+    with ff.parallel(str(tmp_path), layout="expert=2") as model:
+        model(input_ids=ids)
+        os.kill(model.pids[1], signal.SIGKILL)
+        begun_s = time.monotonic()
+        with pytest.raises(UnitLost) as caught:
+            model(input_ids=ids)
+    assert time.monotonic() - begun_s < 30
+    assert "rank 1" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "split", "found"),
     [
