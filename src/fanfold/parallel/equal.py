@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fanfold.parallel.experts import TYPES as EXPERT_TYPES
 from fanfold.parallel.experts import loads_of
+from fanfold.parallel.experts_families import TYPES as EXPERT_TYPES
 from fanfold.parallel.inputs import inputs_for, labels_for
 from fanfold.parallel.split import load_share
 

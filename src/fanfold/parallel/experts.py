@@ -14,16 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fanfold.errors import PlanError
+from fanfold.parallel.experts_families import TYPES
 from fanfold.parallel.mesh import shares
 from fanfold.parallel.weights import Cut
 
 if TYPE_CHECKING:
     from fanfold.parallel.comm import Comm
-    from fanfold.parallel.mesh import Split
     from fanfold.parallel.split import Share
-
-TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3")
 
 
 class Experts(nn.Module):  # type: ignore[misc]
@@ -79,44 +76,3 @@ def cut_experts(share: Share, inner: Comm, expert: Comm) -> None:
 def loads_of(model: Any) -> dict[str, list[int]]:
     """Tokens of the last call for every expert, by layer."""
     return {name: module.load.tolist() for name, module in model.named_modules() if isinstance(module, Experts)}
-
-
-def check_experts(config: Any, split: Split) -> None:
-    """PlanError for experts that cannot be cut so."""
-    asked = f"--layout {split}"
-    if split.expert > 1:
-        if config.model_type not in TYPES:
-            raise PlanError(
-                asked,
-                found=f"a {config.model_type}, which has no experts that are known",
-                allowed=f"expert=N for {', '.join(TYPES)}",
-                do="leave expert away",
-            )
-        count = num_experts(config)
-        if count < split.expert:
-            raise PlanError(
-                asked,
-                found=f"{count} experts",
-                allowed=f"expert=1 to expert={count}: an expert stays whole",
-                do=f"use expert={count} and tensor for the rest",
-            )
-    if config.model_type == "deepseek_v3" and split.tensor > 1:
-        raise PlanError(
-            asked,
-            found="attention over a latent that all heads share, which no table cuts",
-            allowed="expert=N",
-            do=f"use expert={split.units}",
-        )
-    if config.model_type in TYPES and split.pipeline > 1 and getattr(config, "output_router_logits", False):
-        raise PlanError(
-            asked,
-            found="output_router_logits: the auxiliary loss needs the routers of all layers",
-            allowed="pipeline=1, or a config with output_router_logits=false",
-            do="use expert=N or tensor=N",
-        )
-
-
-def num_experts(config: Any) -> int:
-    """Of a layer, those that all tokens share left out."""
-    found = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    return int(found or getattr(config, "n_routed_experts", 0) or 0)

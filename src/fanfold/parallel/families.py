@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import PlanError
-from fanfold.parallel.experts import TYPES as EXPERT_TYPES
-from fanfold.parallel.experts import check_experts
+from fanfold.parallel.experts_families import TYPES as EXPERT_TYPES
+from fanfold.parallel.experts_families import check_experts
 from fanfold.parallel.families_seq2seq import BART, T5, VIT, check_encoder_decoder, num_blocks
 from fanfold.parallel.rules import Family, Kind, What, heads_of
 from fanfold.parallel.sequence_families import check_context
