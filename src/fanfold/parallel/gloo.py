@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fanfold.errors import InternalError, UnitLost, cause_line
+from fanfold.errors import InternalError, cause_line
 from fanfold.parallel.shared_file import process_state
-from fanfold.parallel.shared_head import HeadCache
+from fanfold.parallel.shared_head import HeadCache, calls_differ, rank_lost
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from fanfold.errors import UnitLost
     from fanfold.parallel.shared_head import Head
 
     Array = NDArray[Any]
@@ -177,8 +178,7 @@ class GlooGroup:
             texts = self._gathered(np.frombuffer(mine.text, np.uint8).copy(), [len(mine.text)] * self.size)
             heads = [self._heads.parse(text.tobytes()) for text in texts]
             for rank, head in enumerate(heads):
-                loose = kind == "all_to_all" and (head.kind, head.name, head.dtype) == (kind, mine.name, mine.dtype)
-                if not (loose or mine.goes_with(head)):
+                if not mine.goes_with(head):
                     self._differ(mine.at(self._number), rank, head.at(self._number))
             yield heads
         self._doing = f"has done {mine.at(self._number)} and called nothing since"
@@ -214,12 +214,7 @@ class GlooGroup:
             if "imed out" in found:
                 found = f"a rank is waited for since {self._timeout_s:g} s: {found}"
             self._tell(found)
-        return UnitLost(
-            f"rank {self.rank} of {self.size} {self._doing}",
-            found=found,
-            allowed=f"every rank alive and in the same call within {self._timeout_s:g} s",
-            do="look at the rank named first; the group ends as a whole",
-        )
+        return rank_lost(f"rank {self.rank} of {self.size} {self._doing}", found, self._timeout_s)
 
     def _first_cause(self) -> str | None:
         if self._store.check(["cause"]):
@@ -234,12 +229,7 @@ class GlooGroup:
     def _differ(self, mine: str, other: int, theirs: str) -> None:
         found = f"rank {other} is in {theirs}"
         self._tell(f"in {mine}: {found}")
-        raise InternalError(
-            f"rank {self.rank} of {self.size} in {mine}",
-            found=found,
-            allowed="the same call on every rank (all_gather: another first axis)",
-            do="report it with the model's config; --layout without this method computes the same",
-        )
+        raise calls_differ(f"rank {self.rank} of {self.size} in {mine}", found)
 
     def _tell(self, cause: str) -> None:
         """The first one who tells is believed."""

@@ -20,7 +20,7 @@ import numpy as np
 from fanfold.errors import FanfoldError, InternalError, UnitLost, cause_line
 from fanfold.parallel import shared_file as place
 from fanfold.parallel.shared_file import HEAD_BYTES, SLOT_BYTES, SharedFile
-from fanfold.parallel.shared_head import Head, HeadCache
+from fanfold.parallel.shared_head import Head, HeadCache, calls_differ, rank_lost
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -366,12 +366,7 @@ class SharedGroup:
         return [head.at(number) for number, head in entries]
 
     def _lost(self, found: str) -> UnitLost:
-        return UnitLost(
-            f"{self._own_name()} {self._where(self.rank)}",
-            found=found,
-            allowed=f"every rank alive and in the same call within {self.timeout_s:g} s",
-            do="look at the rank named first; the group ends as a whole",
-        )
+        return rank_lost(f"{self._own_name()} {self._where(self.rank)}", found, self.timeout_s)
 
     def _own_name(self) -> str:
         names = self._names
@@ -380,11 +375,9 @@ class SharedGroup:
 
     def _mismatch(self, other: int, mine: Head, number: int, theirs: Head, their_number: int) -> NoReturn:
         self._fail(
-            InternalError(
+            calls_differ(
                 f"{self._own_name()} in {mine.at(number)}",
-                found=f"rank {self._names[other]} is in {theirs.at(their_number)}",
-                allowed="the same call on every rank (all_gather: another first axis)",
-                do="report it with the model's config; --layout without this method computes the same",
+                f"rank {self._names[other]} is in {theirs.at(their_number)}",
             )
         )
 

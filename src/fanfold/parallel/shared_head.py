@@ -1,4 +1,7 @@
-"""The head of a call: what it is and what it carries, as text of a fixed length that ranks compare."""
+"""The head of a call: what it is and what it carries, as text of a fixed length that ranks compare.
+
+Also what is said where calls do not meet, whatever carries them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fanfold.errors import InternalError
+from fanfold.errors import InternalError, UnitLost
 from fanfold.parallel.shared_file import HEAD_BYTES
 
 if TYPE_CHECKING:
@@ -105,4 +108,24 @@ def _made(kind: str, name: str, dtype: np.dtype, shape: tuple[int, ...], peer: i
         found=found,
         allowed="integers, floats and complex numbers (booleans where nothing is added), few axes",
         do="bfloat16: send float32, or its bits as uint16",
+    )
+
+
+def rank_lost(asked: str, found: str, timeout_s: float) -> UnitLost:
+    """A rank waits in vain."""
+    return UnitLost(
+        asked,
+        found=found,
+        allowed=f"every rank alive and in the same call within {timeout_s:g} s",
+        do="look at the rank named first; the group ends as a whole",
+    )
+
+
+def calls_differ(asked: str, found: str) -> InternalError:
+    """Two ranks are in different calls."""
+    return InternalError(
+        asked,
+        found=found,
+        allowed="the same call on every rank (all_gather: another first axis)",
+        do="report it with the model's config; --layout without this method computes the same",
     )
