@@ -93,6 +93,19 @@ pq.write_table(pa.table({"generated_text": texts}), out)
 """
 
 
+# A Llama of half a billion parameters.
+LLAMA = {
+    "vocab_size": 32_000,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+
+
 def write_model(folder: Path, kind: str) -> None:
     """Random weights, and a tokenizer whose words t0, t1, ... are its tokens."""
     import tokenizers
@@ -103,18 +116,7 @@ def write_model(folder: Path, kind: str) -> None:
     if kind == "gpt2":
         config = transformers.GPT2Config(bos_token_id=None, eos_token_id=None)
     else:
-        config = transformers.LlamaConfig(
-            vocab_size=32_000,
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+        config = transformers.LlamaConfig(**LLAMA, bos_token_id=None, eos_token_id=None)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     special = ("pad", "bos", "eos", "unk")
     words = {f"<{role}>": i for i, role in enumerate(special)}

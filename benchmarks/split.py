@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from generate import LLAMA
+
 PREFILL, PROMPT, NEW, REPEATS = 512, 64, 32, 5
 RANKS = 2
 
@@ -34,18 +36,7 @@ def write_model(folder: Path, kind: str) -> None:
             tf.BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
         )
     else:
-        model = tf.LlamaForCausalLM(
-            tf.LlamaConfig(
-                vocab_size=32_000,
-                hidden_size=896,
-                intermediate_size=4864,
-                num_hidden_layers=24,
-                num_attention_heads=14,
-                num_key_value_heads=2,
-                max_position_embeddings=2048,
-                tie_word_embeddings=True,
-            )
-        )
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA))
     model.save_pretrained(folder)
 
 

@@ -190,7 +190,7 @@ def _pipe(group: Group) -> Link:
 
     small_s = run_s(trip(_SMALL_BYTES), 0.05, time.perf_counter) / 2
     large_s = run_s(trip(_LARGE_BYTES), 0.1, time.perf_counter) / 2
-    return Link(start_s=small_s, bytes_per_s=_LARGE_BYTES / max(large_s - small_s, 1e-9))
+    return _link(small_s, large_s)
 
 
 def _all_reduce(path: str, rank: int) -> Link:
@@ -206,6 +206,10 @@ def _all_reduce(path: str, rank: int) -> Link:
             return (time.perf_counter() - started_s) / count
 
         small_s, large_s = mean_s(_SMALL_BYTES, 300), mean_s(_LARGE_BYTES, 8)
+    return _link(small_s, large_s)
+
+
+def _link(small_s: float, large_s: float) -> Link:
     return Link(start_s=small_s, bytes_per_s=_LARGE_BYTES / max(large_s - small_s, 1e-9))
 
 
