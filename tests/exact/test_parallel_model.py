@@ -22,13 +22,7 @@ import fanfold as ff
 from fanfold.errors import InputError, PlanError, UnitLost
 from fanfold.parallel.tiny import tiny_model
 
-pytestmark = [pytest.mark.torch, pytest.mark.timeout(200)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quiet"), pytest.mark.timeout(200)]
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import tiny_models
 import torch
 import transformers
+from tiny_models import config_named
 from transformers import AutoConfig
 
 import fanfold as ff
@@ -18,9 +20,8 @@ from fanfold.parallel.mesh import Split
 from fanfold.parallel.split import architecture, cut_model, empty_model
 from fanfold.parallel.stacks import holdings_of
 from fanfold.parallel.tiny import tiny_config, tiny_model
-from fanfold.tasks.parallel_model import start
 
-pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quiet"), pytest.mark.timeout(300)]
 
 # name -> class, settings that differ from the family's defaults, blocks of encoder and decoder (None: as they come)
 MODELS = {
@@ -42,32 +43,9 @@ IN_CI = {(2, 1): ["t5", "bart", "whisper", "vit"], (1, 2): ["t5", "bart", "whisp
 LAYOUTS = [(2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """Groups of ranks by their layout, which live as long as the tests of this file."""
-    started = {}
-
-    def of(ways, stages):
-        if (ways, stages) not in started:
-            started[ways, stages] = start(Split(tensor=ways, pipeline=stages), timeout_s=60.0)
-        return started[ways, stages]
-
-    yield of
-    for group in started.values():
-        group.close()
-
-
-def config_named(name, ways, stages):
+def tiny_named(name, ways, stages):
     cls, settings, blocks = MODELS[name]
-    config = AutoConfig.for_model(name.split()[0], **settings)
-    config.architectures = [cls]
-    tiny = tiny_config(config, ways, stages)
+    tiny = tiny_config(config_named(name, cls, settings), ways, stages)
     if blocks is not None and sum(blocks) >= stages:
         tiny.encoder_layers, tiny.decoder_layers = blocks
     return tiny
@@ -75,7 +53,7 @@ def config_named(name, ways, stages):
 
 def saved(name, folder, ways, stages):
     """A tiny checkpoint: tiny_config of a tiny config keeps its sizes but the blocks."""
-    config = config_named(name, ways, stages)
+    config = tiny_named(name, ways, stages)
     torch.manual_seed(0)
     model = architecture(config)(config)
     with torch.no_grad():
@@ -87,9 +65,7 @@ def saved(name, folder, ways, stages):
 
 def check(ranks, folder, name, ways, stages):
     saved(name, folder, ways, stages)
-    group = ranks(ways, stages)
-    group.ask("compare", {"folder": str(folder), "dtype": "float64", "gradients": True})
-    record = equal.worst_of(group.answers(120))
+    record = tiny_models.compared(ranks(Split(tensor=ways, pipeline=stages)), folder)
     errors = [record[key] for key in ("max_rel_logits", "max_rel_loss", "max_rel_grad")]
     assert all(not math.isnan(error) and error <= equal.FLOAT64_PROMISE for error in errors), record
     assert record["num_grads"] == record["num_grads_whole"] >= 20
@@ -118,13 +94,13 @@ def test_all_layouts_are_the_whole_model(ranks, tmp_path, ways, stages, name):
     ],
 )
 def test_two_stages_are_cut_in_the_decoder_between_the_two_and_in_the_encoder(name, cut):
-    config = config_named(name, 2, 2)
+    config = tiny_named(name, 2, 2)
     held = holdings_of(empty_model(config, architecture(config), torch.float32), 2)
     assert held.mine == cut
 
 
 def test_every_weight_has_a_stage_and_only_shared_ones_have_several():
-    config = config_named("t5", 2, 2)
+    config = tiny_named("t5", 2, 2)
     model = empty_model(config, architecture(config), torch.float32)
     held = holdings_of(model, 2)
     assert held.stages.keys() == dict(model.named_parameters(remove_duplicate=False)).keys()
@@ -145,7 +121,7 @@ class Nobody:
 
 
 def test_ranks_with_uneven_shares_cut_the_stages_alike():
-    config = config_named("t5 base", 2, 2)
+    config = tiny_named("t5 base", 2, 2)
     cuts = []
     for rank in range(2):
         model = empty_model(config, architecture(config), torch.float32)
