@@ -29,6 +29,11 @@ _BYTES_PER_TOKEN = 4  # of text, a rule of thumb
 _TIMEOUT_S = 3600.0
 
 
+def expected_flops(task: Task, source: Source) -> float:
+    """Of the whole job, by the size of its input; 0 where that is not known."""
+    return task.flops_per_token * (source.total_bytes or 0) / _BYTES_PER_TOKEN
+
+
 def compiled_as_asked(task: Task, numerics: Numerics) -> Numerics:
     """`--compile on`: PlanError where it is known at once that it cannot be."""
     if numerics.device != "cpu":
@@ -49,7 +54,7 @@ def decide(
     if stored is not None:
         compiled = bool(stored["fingerprint"]["numerics"]["compiled"])
         return _with(plan, compiled), f"{'compiled' if compiled else 'not compiled'}, as when the job was begun"
-    flops = task.flops_per_token * (source.total_bytes or 0) / _BYTES_PER_TOKEN
+    flops = expected_flops(task, source)
     if numerics.device != "cpu" or flops < WORTH_FLOPS:
         return plan, f"not compiled: about {flops:.0e} FLOP; it pays from {WORTH_FLOPS:.0e} on, on a CPU"
     wanted = _with(plan, True)

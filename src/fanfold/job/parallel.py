@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -120,9 +119,7 @@ def equal(
         },
     }
     errors = [tiny_worst[key] for key in ("max_rel_logits", "max_rel_loss", "max_rel_grad")]
-    if not (max(errors) <= allowed and checkpoint_worst["max_rel_logits"] <= allowed_checkpoint) or any(
-        map(math.isnan, errors)
-    ):
+    if not (check.largest_error(tiny_worst) <= allowed and checkpoint_worst["max_rel_logits"] <= allowed_checkpoint):
         error = DifferenceFound(
             f"{checkpoint.shown} with --layout {split}",
             found=f"relative errors {errors[0]:.2g} (logits), {errors[1]:.2g} (loss), {errors[2]:.2g} (gradient of "

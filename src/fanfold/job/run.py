@@ -25,7 +25,7 @@ from fanfold.engine.schedule import LEASE_S, Schedule
 from fanfold.errors import DataError, PlanError, RequestError, ResumeError, Stopped
 from fanfold.job import engines
 from fanfold.job.agenda import JobAgenda
-from fanfold.job.compiling import compile_for, compiled_as_asked, decide
+from fanfold.job.compiling import compile_for, compiled_as_asked, decide, expected_flops
 from fanfold.job.fingerprint import check_same, fingerprint
 from fanfold.job.finish import finish
 from fanfold.job.log import borders, open_windows, settle
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from fanfold.plan.plan import Cluster, Plan, Where
     from fanfold.tasks.task import Task
 
-_BYTES_PER_TOKEN = 4  # of text, a rule of thumb
 _WORTH_MEASURING_FLOPS = 1e14  # about a quarter of an hour of one core: then the probe's ten seconds are small
 _SCAN_AHEAD = 64  # windows; a spooled input is held on disk, so fewer
 _SPOOL_AHEAD = 3
@@ -228,8 +227,7 @@ def _prediction(
     reason = why_not(task, source, plan)
     if reason is not None or not isinstance(task, Embed):
         return None, []
-    flops = task.flops_per_token * (source.total_bytes or 0) / _BYTES_PER_TOKEN
-    rates = rates_for(machine, measure=flops > _WORTH_MEASURING_FLOPS)
+    rates = rates_for(machine, measure=expected_flops(task, source) > _WORTH_MEASURING_FLOPS)
     if rates is None:
         return None, ["no expectation yet: fanfold machine --probe measures this machine, once, in 10 seconds"]
     found = predict_job(task, source, plan, rates)

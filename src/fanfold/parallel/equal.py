@@ -144,6 +144,12 @@ def worst_of(records: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def largest_error(record: dict[str, Any]) -> float:
+    """Of outputs, loss and gradients; infinite where one is not a number."""
+    errors = [float(record[key]) for key in ("max_rel_logits", "max_rel_loss", "max_rel_grad")]
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
+
+
 def promise_of(model_type: str, dtype: str, *, context: int = 1) -> float:
     """The largest relative error that is allowed in the dtype; context: over how many units a sequence is cut."""
     if dtype == "float64":

@@ -16,7 +16,7 @@ from fanfold.parallel.mesh import Split
 from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, num_matmul_weights
 from fanfold.tasks.entities import AGGREGATIONS, Aggregation
 from fanfold.tasks.labels import Function, LabelHead, checked_length, read_label_head, reranker_function, same_labels
-from fanfold.tasks.layouts import read_layout, shown_layout
+from fanfold.tasks.layouts import layout_setting, read_layout, shown_layout
 from fanfold.tasks.scores import Merge
 from fanfold.tasks.task import Column
 
@@ -145,12 +145,12 @@ class Classify:
             "merge": self.merge,
             "max_length": self.asked_length,
             "dtype": self.dtype,
-            **({"layout": str(self.split)} if self.split.units > 1 else {}),
+            **layout_setting(self.split),
         }
 
     @property
     def numerics(self) -> dict[str, Any]:
-        return {"layout": str(self.split)} if self.split.units > 1 else {}
+        return layout_setting(self.split)
 
     @property
     def reference(self) -> str | list[str]:

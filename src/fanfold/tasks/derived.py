@@ -87,5 +87,4 @@ def _worst(config: Any, split: Split) -> float:
             record = equal.worst_of(ranks.answers(ANSWER_S))
     finally:
         ranks.close()
-    errors = [float(record[key]) for key in ("max_rel_logits", "max_rel_loss", "max_rel_grad")]
-    return max(errors) if all(error == error for error in errors) else float("inf")
+    return equal.largest_error(record)

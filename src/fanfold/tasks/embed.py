@@ -16,7 +16,7 @@ from fanfold.parallel.mesh import Split
 from fanfold.tasks import compiled
 from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, first_of, num_matmul_weights
 from fanfold.tasks.chunking import Chunking, make_chunking, mean_of_parts, prepared_parts
-from fanfold.tasks.layouts import read_layout, shown_layout
+from fanfold.tasks.layouts import layout_setting, read_layout, shown_layout
 from fanfold.tasks.loading import open_model, open_tokenizer
 from fanfold.tasks.parallel_model import ParallelModel, ends_with_its_group
 from fanfold.tasks.pooling import Head, num_positions, read_head, weights_of
@@ -99,12 +99,12 @@ class Embed:
             "prefix_text": self.prompt,
             **({"chunk": chunk["tokens"], "overlap": chunk["overlap"], "merge": chunk["merge"]} if chunk else {}),
             **({} if chunk else {"max_length": self.max_length}),
-            **({"layout": str(self.split)} if self.split.units > 1 else {}),
+            **layout_setting(self.split),
         }
 
     @property
     def numerics(self) -> dict[str, Any]:
-        return {"layout": str(self.split)} if self.split.units > 1 else {}
+        return layout_setting(self.split)
 
     @property
     def reference(self) -> str:

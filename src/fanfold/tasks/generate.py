@@ -12,7 +12,7 @@ from fanfold.parallel.mesh import Split
 from fanfold.quantity import parse_bytes
 from fanfold.tasks.checkpoint import Checkpoint, find_checkpoint, first_of, num_matmul_weights, optional_json
 from fanfold.tasks.guide import read_schema
-from fanfold.tasks.layouts import read_layout, shown_layout
+from fanfold.tasks.layouts import layout_setting, read_layout, shown_layout
 from fanfold.tasks.prompts import Prompting
 from fanfold.tasks.sample import Sampling
 from fanfold.tasks.task import Column
@@ -83,8 +83,7 @@ class Generate:
 
     @property
     def numerics(self) -> dict[str, Any]:
-        layout = {"layout": str(self.split)} if self.split.units > 1 else {}
-        return {"batch_tokens": PIECE_TOKENS, "order": "dealt", **layout}
+        return {"batch_tokens": PIECE_TOKENS, "order": "dealt", **layout_setting(self.split)}
 
     @property
     def counted(self) -> tuple[str, ...]:
@@ -161,7 +160,7 @@ class Generate:
             "json_schema": None if self.schema is None else json.loads(self.schema),
             "kv_memory": self.kv_memory,
             "dtype": self.dtype,
-            **({"layout": str(self.split)} if self.split.units > 1 else {}),
+            **layout_setting(self.split),
         }
 
     @property

@@ -54,6 +54,11 @@ def read_layout(layout: str | None, checkpoints: Sequence[Checkpoint], *, verb: 
     return with_table(checkpoints[0].path, split)
 
 
+def layout_setting(split: Split) -> dict[str, str]:
+    """The setting, as options and numerics hold it; nothing for a whole model."""
+    return {"layout": str(split)} if split.units > 1 else {}
+
+
 def shown_layout(split: Split) -> str:
     more = f", by {split.shown_check}" if split.table else ""
     return f"{split}: {split.units} processes share one model{more}"
