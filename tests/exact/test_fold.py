@@ -314,6 +314,19 @@ def test_results_that_cannot_come_back_from_a_process_are_refused_with_the_piece
     assert len(ff.fold(locks, list(range(100)), ff.Concat(), on="threads:2", pieces=4)) == 100
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("on", ["inline", "threads:2", "cpu:2"])
+def test_of_several_failing_pieces_the_first_is_named_however_fast_the_others_fail(on):
+    def later_fails_sooner(piece):
+        if piece[0] < 20:
+            time.sleep(0.5)
+        raise ValueError(f"row {piece[0]}")
+
+    with pytest.raises(PieceFailed, match="piece 0 of 10") as caught:
+        ff.fold(later_fails_sooner, list(range(100)), ff.Concat(), on=on, pieces=10)
+    assert str(caught.value.__cause__) == "row 0"
+
+
 @pytest.mark.parametrize("on", WHERE)
 def test_results_that_do_not_go_together_are_refused_with_a_piece(on):
     with pytest.raises(DataError, match=r"piece \d of 10 \(rows") as caught:

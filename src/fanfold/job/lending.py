@@ -31,7 +31,10 @@ _ONE_PART = 1 << 60  # windows: parts are a job's matter, nothing is assembled h
 @dataclass
 class Lending:
     """Pieces from `first` on, up to `stop` (None: all there are), as windows of a schedule; blocks go to `take`,
-    with the place of their lease's first piece."""
+    with the place of their lease's first piece.
+
+    Of several leases that fail the first in the order of the data is raised, whichever unit is faster: after a failure
+    only what stands before it goes on."""
 
     stock: Stock
     take: Callable[[int, int, Any, Place], None]
@@ -43,6 +46,8 @@ class Lending:
     _deaths: dict[int, int] = field(default_factory=dict)
     _firsts: dict[int, int] = field(default_factory=dict)  # open window -> its first piece
     _early_deaths: int = 0
+    _failure: tuple[int, BaseException] | None = None  # first piece of the lowest lease that failed, and why
+    _out: dict[str, int] = field(default_factory=dict)  # unit -> first piece of its lease
     _num_left: int = 0
     _num_windows: int = 0
     _ended: bool = False
@@ -76,12 +81,18 @@ class Lending:
 
     def next_for(self, unit: Unit) -> Assignment | None:
         instruction = self._schedule.next_for(unit.name)
-        if instruction is None and self._look_further():
+        if instruction is None and self._failure is None and self._look_further():
             instruction = self._schedule.next_for(unit.name)
         if not isinstance(instruction, Compute):
             return None
-        self._at.pop(unit.name, None)  # of the lease before
         first = self._firsts[instruction.window] + instruction.first
+        if self._failure is not None and first >= self._failure[0]:
+            self._schedule.gave_up(unit.name)
+            if all(begin > self._failure[0] for begin in self._out.values()):  # what was lost is in line again, before
+                raise self._failure[1]
+            return None
+        self._at.pop(unit.name, None)  # of the lease before
+        self._out[unit.name] = first
         pieces = range(first, first + instruction.last + 1 - instruction.first)
         items: Sequence[Any] | bytes = [self.stock.lent(piece, self.to) for piece in pieces]
         if self.to != "here":
@@ -106,10 +117,12 @@ class Lending:
 
     def finished(self, results: Sequence[tuple[Unit, Assignment, Any]]) -> None:
         for unit, assignment, result in results:
+            if isinstance(result, Broken):
+                self._fails(unit, result.raised())
+                continue
             lease = assignment.instruction
             assert isinstance(lease, Compute)
-            if isinstance(result, Broken):
-                raise result.raised()
+            self._out.pop(unit.name, None)
             last, blocks, elapsed_s = result if self.to == "here" else pickle.loads(result)
             if self._schedule.computed(unit.name, lease, last, elapsed_s):
                 self._num_left -= last + 1 - lease.first
@@ -119,10 +132,17 @@ class Lending:
                     self.take(level, index, part, assignment.detail.places[0])
 
     def failed(self, unit: Unit, assignment: Assignment, failure: Failure) -> None:
-        raise failure.error
+        self._fails(unit, failure.error)
+
+    def _fails(self, unit: Unit, error: BaseException) -> None:
+        first = self._out.pop(unit.name)
+        self._schedule.gave_up(unit.name)
+        if self._failure is None or first < self._failure[0]:
+            self._failure = first, error
 
     def lost(self, unit: Unit, assignment: Assignment | None, cause: str) -> None:
         self._schedule.gave_up(unit.name)
+        self._out.pop(unit.name, None)
         at = self._at.pop(unit.name, None)
         if assignment is None:
             return
