@@ -20,7 +20,7 @@ from fanfold.errors import PlanError, UnitLost
 from fanfold.parallel import equal
 from fanfold.parallel.comm import Comm
 from fanfold.parallel.families import check_split
-from fanfold.parallel.mesh import Split
+from fanfold.parallel.mesh import Split, parse_split
 from fanfold.parallel.split import architecture, load_share
 from fanfold.parallel.tiny import tiny_model
 from fanfold.planner.methods.expert import collectives
@@ -76,6 +76,29 @@ def test_experts_and_their_columns_over_units_are_the_whole_model(ranks, tmp_pat
     split = Split(**split)
     saved(name, tmp_path, split)
     check(compared(ranks, tmp_path, split))
+
+
+ROUTERS = "output_router_logits: the auxiliary loss needs the routers of all layers, for all tokens"
+OVER_POSITIONS = ["context=2:ring,expert=2"]
+OVER_POSITIONS += [
+    pytest.param(layout, marks=pytest.mark.nightly)
+    for layout in ("context=2", "context=2:ulysses", "context=2:ring", "context=3", "context=3:ring",
+                   "context=2,expert=2", "context=2:ulysses,expert=2", "context=2:ring,tensor=2",
+                   "context=2:ulysses,tensor=2,expert=2", "context=2,pipeline=2,expert=2", "pipeline=2,expert=2")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", OVER_POSITIONS)
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_experts_go_with_cut_sequences_and_with_stages(ranks, tmp_path, name, layout):
+    split = parse_split(layout)
+    config = config_named(name, MODELS[name][0], {"num_key_value_heads": 8})
+    ways = max(2, split.tensor) * (split.context if split.context_method == "ulysses" else 1)
+    tiny_model(config, architecture(config), ways).save_pretrained(tmp_path)
+    record = compared(ranks, tmp_path, split)
+    assert max(errors_of(record)) <= equal.promise_of(name, "float64", context=split.context), record
+    assert record["num_grads"] == record["num_grads_whole"] >= 20
+    assert all(sum(load) == 2 * 3 * 17 for load in record["expert_load"].values())
 
 
 def test_experts_stored_in_one_tensor_and_one_by_one_are_read_alike(tmp_path):
@@ -136,11 +159,7 @@ def test_the_planner_predicts_the_sums_of_experts(ranks, tmp_path):
 def test_every_sum_of_experts_is_needed(ranks, tmp_path):
     split = Split(expert=2)
     saved("mixtral", tmp_path, split)
-    count = sum(compared(ranks, tmp_path, split)["collectives"].values())
-    mutants = [compared(ranks, tmp_path, split, skip=skip) for skip in range(count)]
-    survivors = [mutant["skipped"] for mutant in mutants if max(errors_of(mutant)) <= equal.FLOAT64_PROMISE]
-    assert count == 6
-    assert survivors == []
+    assert tiny_models.idle_collectives(ranks(split), tmp_path, equal.FLOAT64_PROMISE) == (6, [])
 
 
 def test_a_rank_that_sleeps_among_experts_is_named_with_its_layer(tmp_path):
@@ -178,7 +197,8 @@ def test_a_rank_that_is_killed_among_experts_is_named(tmp_path):
         ("mixtral", {"expert": 9}, "8 experts"),
         ("llama", {"expert": 2}, "a llama, which has no experts that are known"),
         ("deepseek_v3", {"tensor": 2}, "attention over a latent that all heads share, which no table cuts"),
-        ("mixtral", {"pipeline": 2}, "output_router_logits: the auxiliary loss needs the routers of all layers"),
+        ("mixtral", {"pipeline": 2}, ROUTERS),
+        ("mixtral", {"context": 2}, ROUTERS),
     ],
 )
 def test_layouts_that_cannot_be_are_refused(name, split, found):

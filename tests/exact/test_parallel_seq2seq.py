@@ -16,7 +16,7 @@ from fanfold.errors import PlanError
 from fanfold.parallel import equal
 from fanfold.parallel.comm import Comm
 from fanfold.parallel.families import check_split
-from fanfold.parallel.mesh import Split
+from fanfold.parallel.mesh import Split, parse_split
 from fanfold.parallel.split import architecture, cut_model, empty_model
 from fanfold.parallel.stacks import holdings_of
 from fanfold.parallel.tiny import tiny_config, tiny_model
@@ -65,12 +65,17 @@ def saved(name, folder, ways, stages):
 
 def check(ranks, folder, name, ways, stages):
     saved(name, folder, ways, stages)
-    record = tiny_models.compared(ranks(Split(tensor=ways, pipeline=stages)), folder)
+    record = equal_to_whole(ranks(Split(tensor=ways, pipeline=stages)), folder)
+    assert record["bitwise"] or ways > 1
+    assert record["collectives"].get("all_reduce", 0) >= (4 if ways > 1 else 0)
+
+
+def equal_to_whole(group, folder):
+    record = tiny_models.compared(group, folder)
     errors = [record[key] for key in ("max_rel_logits", "max_rel_loss", "max_rel_grad")]
     assert all(not math.isnan(error) and error <= equal.FLOAT64_PROMISE for error in errors), record
     assert record["num_grads"] == record["num_grads_whole"] >= 20
-    assert record["bitwise"] or ways > 1
-    assert record["collectives"].get("all_reduce", 0) >= (4 if ways > 1 else 0)
+    return record
 
 
 @pytest.mark.parametrize(("ways", "stages", "name"), [(*layout, name) for layout in IN_CI for name in IN_CI[layout]])
@@ -83,6 +88,33 @@ def test_two_ranks_are_the_whole_model(ranks, tmp_path, ways, stages, name):
 @pytest.mark.parametrize(("ways", "stages"), LAYOUTS)
 def test_all_layouts_are_the_whole_model(ranks, tmp_path, ways, stages, name):
     check(ranks, tmp_path, name, ways, stages)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("t5", "ring"), ("bart", "ulysses"), ("whisper", "allgather"), ("vit", "ring")]
+)
+def test_cut_sequences_are_the_whole_ones(ranks, tmp_path, name, method):
+    saved(name, tmp_path, 2, 1)
+    equal_to_whole(ranks(parse_split(f"context=2:{method}")), tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", ["allgather", "ulysses", "ring"])
+@pytest.mark.parametrize(("ways", "tensor"), [(2, 1), (3, 1), (2, 2)])
+def test_sequences_are_cut_by_every_variant(ranks, tmp_path, name, method, ways, tensor):
+    saved(name, tmp_path, ways * tensor, 1)
+    equal_to_whole(ranks(parse_split(f"context={ways}:{method},tensor={tensor}")), tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", ["tensor=2", "context=2", "context=2:ulysses", "context=2:ring"])
+@pytest.mark.parametrize("name", ["t5", "umt5", "bart", "whisper", "vit"])
+def test_every_collective_is_needed(ranks, tmp_path, name, layout):
+    saved(name, tmp_path, 2, 1)
+    count, idle = tiny_models.idle_collectives(ranks(parse_split(layout)), tmp_path, equal.FLOAT64_PROMISE)
+    assert count >= 10
+    assert idle == []
 
 
 @pytest.mark.parametrize(
@@ -156,10 +188,30 @@ def test_an_encoder_decoder_answers_and_generates_as_the_whole_one(bart):
     assert new.tolist() == whole.generate(ids, **options, do_sample=False).tolist()
 
 
-def test_generate_over_stages_of_an_encoder_decoder_is_refused(bart):
-    with ff.parallel(str(bart), layout="pipeline=2") as model, pytest.raises(PlanError) as caught:
+@pytest.mark.parametrize("layout", ["pipeline=2", "context=2"])
+def test_generate_of_an_encoder_decoder_over_stages_or_positions_is_refused(bart, layout):
+    with ff.parallel(str(bart), layout=layout) as model, pytest.raises(PlanError) as caught:
         model.generate(torch.tensor([[5, 6, 7]]))
-    assert caught.value.found == "an encoder-decoder in layout pipeline=2"
+    assert caught.value.found == f"an encoder-decoder in layout {layout}"
+
+
+def test_stages_and_cut_sequences_of_an_encoder_decoder_together_are_refused():
+    with pytest.raises(PlanError) as caught:
+        check_split(AutoConfig.for_model("t5"), Split(pipeline=2, context=2))
+    assert caught.value.found == "a t5, whose first and last block cut the sequence and put it together"
+    assert caught.value.do == "use context=2 and tensor=2"
+
+
+def test_a_decoder_input_that_is_not_given_is_the_shifted_labels(bart):
+    whole = transformers.BartForConditionalGeneration.from_pretrained(bart, dtype=torch.float64).eval()
+    ids = torch.randint(5, 101, (3, 9), generator=torch.Generator().manual_seed(4))
+    labels = ids[:, :7].masked_fill(ids[:, :7] % 5 == 0, -100)
+    expected = whole(input_ids=ids, labels=labels)
+    with ff.parallel(str(bart), layout="context=2:ring", dtype="float64") as model:
+        found = model(input_ids=ids, labels=labels)
+    assert equal.relative(found.logits, expected.logits) <= equal.FLOAT64_PROMISE
+    assert equal.relative(found.loss, expected.loss) <= equal.FLOAT64_PROMISE
+    assert equal.relative(found.encoder_last_hidden_state, expected.encoder_last_hidden_state) <= 1e-10
 
 
 def test_encoder_and_decoder_of_different_heads_are_refused_in_tensor():

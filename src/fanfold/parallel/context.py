@@ -4,18 +4,22 @@
 positions of some heads, and gives the outputs back. *ring*: keys and values go round, a unit's share at a time, and
 the outputs over shares are joined by `fanfold.merge.softmax`.
 
+Queries may be those of another sequence than keys (a decoder's attention to its encoder), which is cut by itself.
+
 Shapes: q [B, N, s, H]; k, v [B, M, s, H]; s positions of this unit, S of all, n and m heads of one unit.
 Sources: Llama 3 (arXiv 2407.21783, 3.3.2); Ulysses (arXiv 2309.14509); Ring Attention (arXiv 2310.01889).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fanfold.parallel.attention import Attended, Local, attend_backward, finite
 from fanfold.parallel.mesh import head_shares
+from fanfold.parallel.tiles import Bias
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,30 +31,47 @@ if TYPE_CHECKING:
 Tensors = tuple[torch.Tensor, ...]
 
 
-def allgather(
-    comm: Comm, cut: Positions, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float, name: str
-) -> torch.Tensor:
-    k, v = _Gathered.apply(k, v, comm, cut, name)
-    tiles = mask.tiles(cut.runs[comm.rank], [range(cut.length)])
-    out: torch.Tensor = Local.apply(q, k, v, mask, tiles, scale)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Over:
+    """What attention is over: how queries and keys are cut, which pairs count, and the bias of their scores."""
+
+    cut: Positions
+    keys: Positions  # the same as `cut` but in attention to another sequence
+    mask: Mask
+    scale: float
+    bias: Bias | None = None
+
+    @property
+    def table(self) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias.table
+
+
+def allgather(comm: Comm, over: Over, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, name: str) -> torch.Tensor:
+    k, v = _Gathered.apply(k, v, comm, over.keys, name)
+    tiles = over.mask.tiles(over.cut.runs[comm.rank], [range(over.keys.length)], over.bias)
+    out: torch.Tensor = Local.apply(q, k, v, over.table, over.bias, over.mask, tiles, over.scale)
     return out
 
 
-def ulysses(
-    comm: Comm, cut: Positions, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float, name: str
-) -> torch.Tensor:
+def ulysses(comm: Comm, over: Over, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, name: str) -> torch.Tensor:
     heads, kv = zip(*head_shares(q.shape[1], k.shape[1], comm.size), strict=True)
-    q, k, v = _Heads.apply(q, k, v, comm, cut, (heads, kv, kv), name)
-    every = [range(cut.length)]
-    out = Local.apply(q, k, v, mask, mask.tiles(every, every), scale)
-    back: torch.Tensor = _Tokens.apply(out, comm, cut, heads, name)
+    if over.keys is over.cut:
+        q, k, v = _Heads.apply(comm, over.cut, (heads, kv, kv), name, q, k, v)
+    else:
+        (q,) = _Heads.apply(comm, over.cut, (heads,), name, q)
+        k, v = _Heads.apply(comm, over.keys, (kv, kv), f"{name} keys", k, v)
+    bias = over.bias
+    if bias is not None:
+        mine = heads[comm.rank]
+        bias = Bias(bias.table[:, mine.start : mine.stop], bias.bucket)
+    tiles = over.mask.tiles([range(over.cut.length)], [range(over.keys.length)], bias)
+    out = Local.apply(q, k, v, None if bias is None else bias.table, bias, over.mask, tiles, over.scale)
+    back: torch.Tensor = _Tokens.apply(out, comm, over.cut, heads, name)
     return back
 
 
-def ring(
-    comm: Comm, cut: Positions, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float, name: str
-) -> torch.Tensor:
-    out: torch.Tensor = _Ring.apply(q, k, v, comm, cut, mask, scale, name)
+def ring(comm: Comm, over: Over, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, name: str) -> torch.Tensor:
+    out: torch.Tensor = _Ring.apply(q, k, v, over.table, comm, over, name)
     return out
 
 
@@ -136,16 +157,14 @@ class _Heads(torch.autograd.Function):  # type: ignore[misc]
     """All heads of own positions -> all positions of own heads; one exchange each way."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, comm: Comm, cut: Positions, heads: Any, name: str
-    ) -> Any:
-        ctx.rest = comm, cut, heads, [x.shape[1] for x in (q, k, v)], name
-        return tuple(_to_heads(comm, cut, (q, k, v), heads, name))
+    def forward(ctx: Any, comm: Comm, cut: Positions, heads: Any, name: str, *tensors: torch.Tensor) -> Any:
+        ctx.rest = comm, cut, heads, [x.shape[1] for x in tensors], name
+        return tuple(_to_heads(comm, cut, tensors, heads, name))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         comm, cut, heads, totals, name = ctx.rest
-        return (*_to_tokens(comm, cut, grads, heads, totals, f"grad {name}"), None, None, None, None)
+        return (None, None, None, None, *_to_tokens(comm, cut, grads, heads, totals, f"grad {name}"))
 
 
 class _Tokens(torch.autograd.Function):  # type: ignore[misc]
@@ -167,35 +186,37 @@ class _Ring(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, comm: Comm, cut: Positions, mask: Mask,
-        scale: float, name: str,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: Any, comm: Comm, over: Over, name: str
+    ) -> torch.Tensor:
         sums = Attended(q, v.shape[-1])
         at = k, v
         for step in range(comm.size):
             source = (comm.rank - step) % comm.size
-            sums.add(q, *at, mask, mask.tiles(cut.runs[comm.rank], cut.runs[source]), scale)
+            tiles = over.mask.tiles(over.cut.runs[comm.rank], over.keys.runs[source], over.bias)
+            sums.add(q, *at, over.mask, tiles, over.scale, over.bias)
             if step < comm.size - 1:
-                at = _passed_on(comm, cut, at, source, name)
+                at = _passed_on(comm, over.keys, at, source, name)
         out, lse = sums.finish()
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = comm, cut, mask, scale, name
+        ctx.rest = comm, over, name
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
-        comm, cut, mask, scale, name = ctx.rest
+        comm, over, name = ctx.rest
+        bias = None if over.bias is None else over.bias.for_backward()
         dq, lse = torch.zeros_like(q), finite(lse)
         at: Any = (k, v, torch.zeros_like(k), torch.zeros_like(v))
         for step in range(comm.size):
             source = (comm.rank - step) % comm.size
-            tiles = mask.tiles(cut.runs[comm.rank], cut.runs[source])
-            attend_backward(grad, (q, at[0], at[1]), out, lse, (dq, at[2], at[3]), mask, tiles, scale)
+            tiles = over.mask.tiles(over.cut.runs[comm.rank], over.keys.runs[source], bias)
+            sums = dq, at[2], at[3]
+            attend_backward(grad, (q, at[0], at[1]), out, lse, sums, over.mask, tiles, over.scale, bias)
             if step == comm.size - 1:
                 at = at[2:]  # keys and values are not needed any more
-            at = _passed_on(comm, cut, at, source, f"grad {name}")
-        return (dq, *at, None, None, None, None, None)
+            at = _passed_on(comm, over.keys, at, source, f"grad {name}")
+        return (dq, *at, None if bias is None else bias.grad, None, None, None)
 
 
 def _passed_on(comm: Comm, cut: Positions, tensors: Tensors, source: int, name: str) -> Tensors:

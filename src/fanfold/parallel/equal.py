@@ -53,8 +53,11 @@ def compare(
     ledger.begin(skip)
     share = load_share(folder, comm, dtype, split=split, world=world, context=context, expert=expert)
     stage = share.stage
-    # torch has no grouped product in float64: experts one after the other
-    options = {"experts_implementation": "eager"} if share.model.config.model_type in EXPERT_TYPES else {}
+    options = {}
+    if share.model.config.model_type in EXPERT_TYPES:
+        # torch has no grouped product in float64: experts one after the other
+        options = {"experts_implementation": "eager"}
+        share.model.set_experts_implementation("eager")
     whole = type(share.model).from_pretrained(str(folder), dtype=dtype, local_files_only=True, **options).eval()
     inputs = inputs_for(whole)
     found = _outputs(share.model, inputs, share.forward)
@@ -77,7 +80,7 @@ def compare(
     record["skipped"] = ledger.skipped
     record["collectives"] = dict(ledger.calls)
     record["bytes"] = dict(ledger.bytes)
-    record["expert_load"] = loads_of(share.model)
+    record["expert_load"] = loads_of(share.model, context)
     return record
 
 

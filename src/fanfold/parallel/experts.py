@@ -73,6 +73,9 @@ def cut_experts(share: Share, inner: Comm, expert: Comm) -> None:
         share.model.set_submodule(name, Experts(module, name, held, inner, expert))
 
 
-def loads_of(model: Any) -> dict[str, list[int]]:
-    """Tokens of the last call for every expert, by layer."""
-    return {name: module.load.tolist() for name, module in model.named_modules() if isinstance(module, Experts)}
+def loads_of(model: Any, context: Comm | None = None) -> dict[str, list[int]]:
+    """Tokens of the last call for every expert, by layer; of all positions, where `context` units cut them."""
+    found = {name: module.load for name, module in model.named_modules() if isinstance(module, Experts)}
+    if context is not None and context.size > 1:
+        found = {name: context.transport.all_reduce(load.double(), name).long() for name, load in found.items()}
+    return {name: load.tolist() for name, load in found.items()}

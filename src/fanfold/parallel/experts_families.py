@@ -38,11 +38,12 @@ def check_experts(config: Any, split: Split) -> None:
             allowed="expert=N",
             do=f"use expert={split.units}",
         )
-    if config.model_type in TYPES and split.pipeline > 1 and getattr(config, "output_router_logits", False):
+    cut = split.pipeline > 1 or split.context > 1
+    if config.model_type in TYPES and cut and getattr(config, "output_router_logits", False):
         raise PlanError(
             asked,
-            found="output_router_logits: the auxiliary loss needs the routers of all layers",
-            allowed="pipeline=1, or a config with output_router_logits=false",
+            found="output_router_logits: the auxiliary loss needs the routers of all layers, for all tokens",
+            allowed="pipeline=1 and context=1, or a config with output_router_logits=false",
             do="use expert=N or tensor=N",
         )
 

@@ -88,10 +88,10 @@ def check_generate(config: Any, split: Split) -> None:
             allowed="models that make token ids out of token ids",
             do="call the model itself: model(...)",
         )
-    if config.is_encoder_decoder and split.pipeline > 1:
+    if config.is_encoder_decoder and (split.pipeline > 1 or split.context > 1):
         raise PlanError(
             shown,
             found=f"an encoder-decoder in layout {split}",
-            allowed="pipeline=1: transformers calls the encoder apart from the decoder",
+            allowed="pipeline=1 and context=1: transformers calls the encoder apart from the decoder",
             do=f"use tensor={split.units}",
         )

@@ -1,25 +1,21 @@
 """A model whose input sequence is cut over units: by its own forward, on this unit's positions.
 
-Attention and masks are registered with transformers under one name. A model asks for a mask and gets a `Mask`, which
-it hands to attention, which finds there how the sequence is cut. What works on tokens one by one sees own positions
-only; what needs the sequence (a pooler, a classifier, the caller) gets the hidden states of all, put side by side.
+What works on tokens one by one sees own positions only; what needs the sequence (a pooler, a classifier, the caller)
+gets the hidden states of all, put side by side. Models that cannot be given their positions: `stack_sequence.py`.
 """
 
 from __future__ import annotations
 
 import inspect
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
-from fanfold.errors import InternalError, PlanError
-from fanfold.parallel.context import METHODS
+from fanfold.errors import PlanError
 from fanfold.parallel.positions import Positions, cut_positions
+from fanfold.parallel.sequence_attention import RUN, Run, called, every_position, use_attention
 from fanfold.parallel.sequence_families import sees_all
-from fanfold.parallel.tiles import Mask, Pattern
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,24 +24,12 @@ if TYPE_CHECKING:
     from fanfold.parallel.decoding import Decoding
     from fanfold.parallel.mesh import ContextMethod
 
-ATTENTION = "fanfold_context"
 _LM = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
 _SHIFTED = ("ForCausalLM", "LMHeadModel")
 _FLOAT_LOSS = ("modernbert",)
 _CUT = ("input_ids", "token_type_ids", "position_ids")
 _OF_GENERATE = ("logits_to_keep", "return_dict", "use_cache", "cache_position")
 _WHOLE = ("attention_mask", "labels", "use_cache", "return_dict")
-_OWN_KEYWORDS = ("softcap", "s_aux", "position_bias", "head_mask", "indices")
-_RUN: ContextVar[Run | None] = ContextVar("the cut of the forward that is running", default=None)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One forward: how its sequence is cut; `decoding` where it is one token behind a prompt."""
-
-    sequence: Sequence
-    cut: Positions
-    decoding: Decoding | None = None
 
 
 class Sequence:
@@ -58,8 +42,7 @@ class Sequence:
         self._lm = type(model).__name__.endswith(_LM)
         self._balanced = not sees_all(model.config)
         self._gathered: tuple[torch.Tensor, torch.Tensor] | None = None
-        _register()
-        model.set_attn_implementation(ATTENTION)
+        use_attention(model)
         self._pooler = getattr(self._base, "pooler", None)
         if self._pooler is not None:
             self._pooler.register_forward_pre_hook(self._whole_for_pooler)
@@ -126,7 +109,7 @@ class Sequence:
         if _takes(self._base, "use_cache"):
             own["use_cache"] = cache is not None
         more = {} if cache is None else {"past_key_values": cache}
-        out = _called(call, Run(self, cut), {**own, **more, "attention_mask": mask})
+        out = called(call, Run(self, cut), {**own, **more, "attention_mask": mask})
         return out, cut
 
     # -- tokens one by one ----------------------------------------------------------------------------
@@ -147,7 +130,7 @@ class Sequence:
         inputs = {name: value for name, value in inputs.items() if value is not None}
         inputs.setdefault("position_ids", torch.full_like(inputs["input_ids"], decoding.length))
         cut = Positions([[range(decoding.length, decoding.length + 1)]] * self.comm.size)
-        out = _called(call, Run(self, cut, decoding), inputs)
+        out = called(call, Run(self, cut, decoding=decoding), inputs)
         decoding.end_token()
         return out
 
@@ -202,110 +185,15 @@ class Sequence:
         """[B, s, ...] -> [B, S, ...]; the same tensor is gathered once."""
         if self._gathered is not None and self._gathered[0] is x:
             return self._gathered[1]
-        whole: torch.Tensor = _Positions.apply(x, self.comm, cut, name)
+        whole = every_position(x, self.comm, cut, name)
         self._gathered = (x, whole)
         return whole
 
     def _whole_for_pooler(self, module: Any, args: Any) -> Any:
-        run = _RUN.get()
-        if run is None:
+        run = RUN.get()
+        if run is None or run.cut is None:
             return None
         return (self.side_by_side(args[0], run.cut, "last_hidden_state"), *args[1:])
-
-
-class _Positions(torch.autograd.Function):  # type: ignore[misc]
-    """Own positions -> all; what comes after is the same on every unit, so each takes its own share of the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, comm: Comm, cut: Positions, name: str) -> torch.Tensor:
-        ctx.mine = cut.of_rank[comm.rank]
-        whole = comm.side_by_side(x.transpose(0, 1).contiguous(), name, cut.sizes, 0)
-        if cut.back is not None:
-            whole = whole[cut.back]
-        return whole.transpose(0, 1).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return grad[:, ctx.mine], None, None, None
-
-
-def _called(call: Callable[..., Any], run: Run, inputs: dict[str, Any]) -> Any:
-    token = _RUN.set(run)
-    try:
-        return call(**inputs)
-    finally:
-        _RUN.reset(token)
-
-
-# -- what transformers calls ----------------------------------------------------------------------------------
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, make_mask)
-
-
-def make_mask(*, mask_function: Any, attention_mask: torch.Tensor | None = None, **settings: Any) -> Mask:
-    """In place of a mask tensor. `mask_function` is of positions in the whole sequence."""
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-
-    run = _RUN.get()
-    if run is None:
-        raise InternalError(
-            "a mask for a cut sequence",
-            found="a forward that nobody has cut",
-            allowed="calls of the group",
-            do="report it",
-        )
-    pattern: Pattern = "other"
-    if mask_function is causal_mask_function:
-        pattern = "causal"
-    elif mask_function is bidirectional_mask_function:
-        pattern = "full"
-    if pattern == "other" and run.sequence.method == "ring":
-        raise PlanError(
-            f"context={run.sequence.comm.size}:ring",
-            found="a mask of the model's own (windows, blocks)",
-            allowed="tokens that see all, or all before them, with padding",
-            do=f"use context={run.sequence.comm.size}:allgather",
-        )
-    seen = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
-    return Mask(run, pattern, mask_function, seen)
-
-
-def attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **settings: Any,
-) -> tuple[torch.Tensor, None]:
-    """[B, N, s, H] -> [B, s, N, H], over the keys of all units. Raises PlanError for what cannot be cut."""
-    own = [name for name in _OWN_KEYWORDS if settings.get(name) is not None]
-    if not isinstance(attention_mask, Mask) or own or dropout:
-        found = f"attention with {', '.join(own)}" if own else "dropout in attention" if dropout else "no mask"
-        raise PlanError(
-            f"{type(module).__name__} over a cut sequence",
-            found=found,
-            allowed="softmax attention with masks, without dropout",
-            do="use --layout tensor",
-        )
-    run = attention_mask.run
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sequence = run.sequence
-    if run.decoding is not None:
-        visible = attention_mask.of_token(run.decoding.length, run.decoding.positions)
-        out = run.decoding.attend(query, key, value, visible, scale, sequence.name_of(module))
-        return out.transpose(1, 2).contiguous(), None
-    out = METHODS[sequence.method](
-        sequence.comm, run.cut, query, key, value, attention_mask, scale, sequence.name_of(module)
-    )
-    return out.transpose(1, 2).contiguous(), None
 
 
 def _takes(model: Any, name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fanfold.errors import PlanError
+from fanfold.parallel.families_seq2seq import BART, T5, VIT
 from fanfold.parallel.mesh import head_shares
 from fanfold.parallel.rules import heads_of
 
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
     from fanfold.parallel.mesh import Split
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "xlm-roberta-xl", "distilbert", "modernbert")
-DECODERS = ("gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "olmo2")
+DECODERS = ("gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "olmo2",
+            "mixtral", "qwen2_moe", "qwen3_moe")  # fmt: skip
+STACKS = (*T5.types, *BART.types, *VIT.types)  # cut behind their embeddings: `stack_sequence.py`
 
 
 def sees_all(config: Any) -> bool:
@@ -33,12 +36,19 @@ def has_windows(config: Any) -> bool:
 def check_context(config: Any, split: Split) -> None:
     """PlanError for a sequence that cannot be cut so; it names a variant that can, where there is one."""
     asked = f"--layout {split}"
-    if config.model_type not in (*ENCODERS, *DECODERS):
+    if config.model_type not in (*ENCODERS, *DECODERS, *STACKS):
         raise PlanError(
             asked,
             found=f"a {config.model_type}, whose attention is its own code or is not known",
-            allowed=", ".join((*ENCODERS, *DECODERS)),
+            allowed=", ".join((*ENCODERS, *DECODERS, *STACKS)),
             do="use tensor=N, which cuts its heads and leaves sequences whole",
+        )
+    if config.model_type in STACKS and split.pipeline > 1:
+        raise PlanError(
+            asked,
+            found=f"a {config.model_type}, whose first and last block cut the sequence and put it together",
+            allowed="context with tensor, or pipeline with tensor",
+            do=f"use context={split.context} and tensor={split.pipeline}",
         )
     if split.context_method == "ring" and has_windows(config):
         raise PlanError(

@@ -19,6 +19,8 @@ from fanfold.parallel.layers import Column, HeadNorm, Row
 from fanfold.parallel.pipeline import Stage
 from fanfold.parallel.rules import heads_of, index_of
 from fanfold.parallel.sequence import Sequence
+from fanfold.parallel.sequence_families import STACKS
+from fanfold.parallel.stack_sequence import StackSequence
 from fanfold.parallel.tensors import Alone
 from fanfold.parallel.vocabulary import cut_vocabulary
 from fanfold.parallel.weights import Cut, fill, open_files
@@ -50,7 +52,7 @@ class Share:
     cuts: dict[str, Cut] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the whole tensors
     same: dict[str, list[str]] = field(default_factory=dict)  # name -> all names of a tied tensor
-    sequence: Sequence | None = None  # where positions are cut
+    sequence: Sequence | StackSequence | None = None  # where positions are cut
 
     def forward(self, **inputs: Any) -> Any:
         """The whole model's output on the last stage, None on the others."""
@@ -117,9 +119,10 @@ def load_share(
     """
     config = config_of(folder)
     model = empty_model(config, architecture(config, head=head), dtype)
-    sequence = None
+    sequence: Sequence | StackSequence | None = None
     if split is not None and context is not None and context.size > 1:
-        sequence = Sequence(model, context, split.context_method)
+        kind = StackSequence if config.model_type in STACKS else Sequence
+        sequence = kind(model, context, split.context_method)
     share = cut_model(model, comm, expert)
     share.sequence = sequence
     stages, width = (split.pipeline, split.width) if split else (1, comm.size)

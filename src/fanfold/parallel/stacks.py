@@ -64,6 +64,20 @@ def stacks_of(model: Any) -> list[Stack]:
     return [max(lists, key=lambda item: len(item.blocks))]
 
 
+def behind(model: Any) -> set[str]:
+    """Names of the parameters behind the last stack's blocks: norms, poolers, output heads."""
+    last = stacks_of(model)[-1]
+    seen = False
+    found = set()
+    for name, module in model.named_modules():
+        seen = seen or name == last.name
+        inside, leaf = module is last.blocks or name.startswith(f"{last.name}."), name.rpartition(".")[2]
+        late = seen or (leaf in _AFTER and name.startswith(f"{last.owner}."))
+        if late and not inside and leaf not in _BEFORE:
+            found |= {f"{name}.{one}" for one, _ in module.named_parameters(recurse=False)}
+    return found
+
+
 def cut_blocks(costs: list[float], first: float, last: float, stages: int) -> list[range]:
     """Consecutive blocks for each stage, so that the dearest stage is as cheap as can be.
 
