@@ -4,7 +4,7 @@
 
 Random weights of the size of GPT-2, of BERT-large and of a Llama of half a billion parameters, float32. Prefill: one
 sequence of 512 tokens. Decode: the 32 tokens after 64. `tp_plan`: transformers' own, over gloo (Llama only).
-`tensor=1` is our loader without a cut, against plain transformers with as many threads.
+`tensor=1` is our loader without a cut, against plain transformers: one thread, one process, step by step in turns.
 """
 
 from __future__ import annotations
@@ -120,6 +120,51 @@ def share(folder: str, rank: int, size: int, path: str) -> dict[str, float]:
         groups.close()
 
 
+def overhead(folder: str, path: str) -> dict[str, float]:
+    """tensor=1 over plain transformers in time: medians of ratios of neighbours, both orders alike."""
+    import torch
+    import transformers
+
+    from fanfold.parallel.comm import Comm
+    from fanfold.parallel.groups import Groups
+    from fanfold.parallel.mesh import Split
+    from fanfold.parallel.split import load_share
+
+    torch.set_num_threads(1)
+    loader = transformers.AutoModel if "bert" in folder else transformers.AutoModelForCausalLM
+    groups = Groups(path, 0, Split(), 600.0)
+    models = [
+        loader.from_pretrained(folder).eval(),
+        load_share(folder, Comm(groups.along("tensor")), torch.float32, split=Split()).model,
+    ]
+    ids = torch.randint(5, 30_000, (1, PREFILL), generator=torch.Generator().manual_seed(1))
+    found: dict[str, list[float]] = {"prefill": [], "decode": []}
+
+    def seconds(call) -> float:
+        start_s = time.perf_counter()
+        call()
+        return time.perf_counter() - start_s
+
+    with torch.no_grad():
+        kept = [model(input_ids=ids[:, :PROMPT]) for model in models]
+        for turn in range(2 * REPEATS):
+            order = (0, 1) if turn % 2 else (1, 0)
+            took = {which: seconds(lambda which=which: models[which](input_ids=ids)) for which in order}
+            found["prefill"].append(took[1] / took[0])
+        for step in range(2 * NEW if "bert" not in folder else 0):
+            token = ids[:, PROMPT + step : PROMPT + step + 1]
+            order = (0, 1) if step % 2 else (1, 0)
+            took = {}
+            for which in order:
+                cache = kept[which].past_key_values
+                took[which] = seconds(
+                    lambda which=which, cache=cache, token=token: models[which](input_ids=token, past_key_values=cache)
+                )
+            found["decode"].append(took[1] / took[0])
+    groups.close()
+    return {name: statistics.median(values) for name, values in found.items() if values}
+
+
 def tp_plan(folder: str, rank: int) -> dict[str, float]:
     import torch
     import transformers
@@ -135,7 +180,7 @@ def run(what: str, folder: str) -> dict[str, float]:
     from fanfold.parallel.shared_file import new_path
 
     size = RANKS if what in ("tensor=2", "tp_plan") else 1
-    path = new_path() if what.startswith("tensor") else ""
+    path = new_path() if what.startswith("tensor") or what == "overhead" else ""
     processes = []
     for rank in range(size):
         environment = {**child_environment(threads=2 if what == "whole" else 1), "GLOO_SOCKET_IFNAME": "lo"}
@@ -157,6 +202,8 @@ def one(what: str, folder: str, rank: int, path: str) -> None:
     transformers.utils.logging.disable_progress_bar()
     if what == "tp_plan":
         found = tp_plan(folder, rank)
+    elif what == "overhead":
+        found = overhead(folder, path)
     elif what.startswith("tensor"):
         found = share(folder, rank, int(what[-1]), path)
     else:
@@ -177,7 +224,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = str(Path(scratch) / kind)
             write_model(Path(folder), kind)
-            names = ["whole", "tensor=2", "one thread", "tensor=1", *(["tp_plan"] if kind == "llama" else [])]
+            names = ["whole", "tensor=2", "one thread", *(["tp_plan"] if kind == "llama" else [])]
             found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
             for _ in range(arguments.turns):
                 for name in names:
@@ -192,8 +239,7 @@ def main() -> None:
                 shown = [f"{key} {own[key] * 1e3:.1f} ms ({base[key] / own[key]:.2f}x)" for key in base]
                 shown += [f"exchanges {own['exchanges']:.1%}"] if "exchanges" in own else []
                 print(f"| {name} | {' | '.join(shown)} |", flush=True)
-            for key in base:
-                ratio = medians(found["tensor=1"])[key] / medians(found["one thread"])[key]
+            for key, ratio in run("overhead", folder).items():
                 print(f"tensor=1 takes {ratio:.3f} of plain transformers' time ({key}, one thread)", flush=True)
 
 

@@ -21,8 +21,15 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.seed = config.getoption("--seed")
+    if hasattr(config, "workerinput"):  # one of several processes that share the tests: they share the seed, too
+        config.seed = config.workerinput["seed"]
     if config.seed is None:
         config.seed = random.SystemRandom().randrange(10**6)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["seed"] = node.config.seed
 
 
 def pytest_report_header(config):

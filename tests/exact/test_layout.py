@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -62,6 +63,17 @@ def test_split_units_give_the_vectors_of_whole_ones_and_pass_verify(docs, whole,
     verdict = ff.verify(tmp_path / "out", sample=20)
     assert verdict.level == "T"
     assert verdict.max_difference <= 1e-5
+
+
+def test_no_process_is_left_of_a_split_model_that_nobody_refers_to(docs, tmp_path):
+    ff.embed(docs, tmp_path / "out", on="cpu:2", layout="tensor=2")
+    engines.shutdown()
+    gc.disable()
+    try:
+        ff.verify(tmp_path / "out", sample=5)
+        assert not psutil.Process().children(recursive=True)
+    finally:
+        gc.enable()
 
 
 def test_a_process_of_a_group_that_dies_costs_a_retry_and_no_row(docs, whole, tmp_path):

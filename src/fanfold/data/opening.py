@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -18,7 +19,7 @@ from fanfold.data.text import text_decoder
 from fanfold.errors import InputError, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
     from pathlib import Path
 
     from fanfold.data.reading import Reading
@@ -62,8 +63,9 @@ def open_source(
         decoder = csv_decoder(headers, **settings)
         _check_names(decoder.kept, reserved)
     else:
-        heads = itertools.islice(_heads(files, replay, block_bytes), limit)
-        decoder = jsonl_decoder(heads, files, reserved=frozenset(reserved), **settings)
+        with contextlib.closing(_heads(files, replay, block_bytes)) as heads:
+            taken = itertools.islice(heads, limit)
+            decoder = jsonl_decoder(taken, files, reserved=frozenset(reserved), **settings)
         _check_names(decoder.seen, reserved)
     if replay or any(compression(file.path) for file in files):
         return SpoolSource(
@@ -110,7 +112,7 @@ def _check_names(kept: Sequence[str], reserved: Sequence[str]) -> None:
         )
 
 
-def _heads(files: Sequence[InputFile], replay: Replay | None, block_bytes: int) -> Iterator[Record]:
+def _heads(files: Sequence[InputFile], replay: Replay | None, block_bytes: int) -> Generator[Record]:
     """The records of all files from the first on, read as far as they are taken."""
     for index, file in enumerate(files):
         handle = replay.peek() if replay else open_stream(file.path)

@@ -38,7 +38,8 @@ class Failure:
 class Desk:
     """What work finds on the unit that does it: who it is, what is loaded, how to report.
 
-    `cache` outlives one piece of work and one job: a warm unit keeps its model there.
+    `cache` outlives one piece of work and one job: a warm unit keeps its model there. What must be ended before it is
+    forgotten, processes say, is called from `ends`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Desk:
     ) -> None:
         self.unit = unit
         self.cache: dict[str, Any] = {}
+        self.ends: list[Callable[[], None]] = []
         self.beat = beat  # one batch is computed: rows, tokens; (0, 0) only says that the unit is alive
         self.at = at  # the batch that begins now: what a death would be laid to
         self.stopping = stopping  # whether to end at the next piece
@@ -59,6 +61,12 @@ class Desk:
     def timed(self, kind: str, detail: str = "") -> Timer:
         """Context manager that records how long a stretch of work took."""
         return Timer(self, kind, detail)
+
+    def clear(self) -> None:
+        """Nothing is kept any more."""
+        while self.ends:
+            self.ends.pop()()
+        self.cache.clear()
 
     def take_spans(self) -> tuple[Span, ...]:
         """The stretches recorded since the last call."""

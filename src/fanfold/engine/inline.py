@@ -65,4 +65,4 @@ class Inline:
         )
 
     def close(self) -> None:
-        self._desk.cache.clear()
+        self._desk.clear()

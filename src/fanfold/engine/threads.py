@@ -91,7 +91,7 @@ class Threads:
 
     def close(self) -> None:
         for desk in self._desks.values():
-            desk.cache.clear()
+            desk.clear()
 
 
 def _reporter(news: queue.SimpleQueue[tuple[Any, ...]], name: str) -> Callable[[int, int], None]:

@@ -170,11 +170,17 @@ def verify(out: str | Path, *, sample: int = 200, seed: int = 0, model: str | No
         with held_threads(numerics.threads_per_unit):
             if numerics.compiled and not task.compiled_for(numerics):
                 task.compile(numerics)
-            return _compare(work, opened, windows, sample, random.Random(seed), rows_in, store)
+            unit = Unit(name="verify", device=f"{numerics.device}:0" if numerics.device == "cuda" else "cpu")
+            desk = Desk(unit)
+            try:
+                return _compare(work, desk, opened, windows, sample, random.Random(seed), rows_in, store)
+            finally:
+                desk.clear()
 
 
 def _compare(
     work: JobWork,
+    desk: Desk,
     opened: OpenedRun,
     windows: dict[int, dict[str, Any]],
     sample: int,
@@ -182,8 +188,6 @@ def _compare(
     rows_in: int,
     store: Store,
 ) -> Verdict:
-    unit = Unit(name="verify", device=f"{work.numerics.device}:0" if work.numerics.device == "cuda" else "cpu")
-    desk = Desk(unit)
     loaded = work.loaded(desk)
     differing: list[int] = []
     compared = batches = 0

@@ -192,10 +192,13 @@ class JobWork:
         """The task on this unit; a warm unit keeps the model of the job before where it is the same."""
         wanted = (self.task.key, self.numerics.dtype, self.numerics.threads_per_unit, self.numerics.compiled)
         if desk.cache.get("key") != wanted:
-            desk.cache.clear()
-            desk.cache.update(key=wanted, opened=self.task.open(desk.unit, self.numerics), loaded=False)
-        opened: Opened = desk.cache["opened"]
-        return opened
+            desk.clear()
+            opened = self.task.open(desk.unit, self.numerics)
+            if hasattr(opened, "close"):
+                desk.ends.append(opened.close)
+            desk.cache.update(key=wanted, opened=opened, loaded=False)
+        found: Opened = desk.cache["opened"]
+        return found
 
     def loaded(self, desk: Desk) -> Opened:
         """As `opened`, with the model in memory and the number of threads verified."""

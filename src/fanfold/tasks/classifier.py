@@ -116,6 +116,11 @@ class Classifier:
             self._model = None
             raise
 
+    def close(self) -> None:
+        """The processes of a split model end."""
+        if isinstance(self._model, ParallelModel):
+            self._model.close()
+
     def _open_split(self) -> tuple[ParallelModel, Any, Any]:
         """The model over several processes, its class and its config."""
         from fanfold.parallel.split import architecture, config_of

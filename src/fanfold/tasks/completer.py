@@ -169,6 +169,11 @@ class GenerateOnUnit:
                 self._model = self._load_model()
                 self._decoder = self.make_decoder(self._model, steps=continuous(self._model))
 
+    def close(self) -> None:
+        """The processes of a split model end."""
+        if self._decoder is not None and hasattr(self._decoder, "close"):
+            self._decoder.close()
+
     def _load_model(self) -> Any:
         import torch
         import transformers

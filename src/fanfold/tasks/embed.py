@@ -384,6 +384,11 @@ class EmbedOnUnit:
         with ends_with_its_group():
             return self._model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
 
+    def close(self) -> None:
+        """The processes of a split model end."""
+        if isinstance(self._model, ParallelModel):
+            self._model.close()
+
     def traced(self) -> Any:
         """The loaded model as a module of (ids, mask) -> hidden states, for torch.export."""
         import torch

@@ -125,6 +125,11 @@ class ClassifyOnUnit:
         for model in self.models:
             model.load()
 
+    def close(self) -> None:
+        """The processes of split models end."""
+        for model in self.models:
+            model.close()
+
     def compute(self, batch: ModelBatch) -> dict[str, Any]:
         """Rows -> {"label": [B], "score": [B], and "labels": [B] of lists where asked}, or {"entities": [B]}."""
         self.load()

@@ -40,6 +40,10 @@ class SplitDecoder:
             found: list[Completion] = self._model.apply(_complete, beat=beat, prompts=prompts)
         return found
 
+    def close(self) -> None:
+        """Its processes end."""
+        self._model.close()
+
 
 def shares_steps(folder: str) -> bool:
     """Whether sequences of different lengths can share a step: tried on a tiny, whole copy of the architecture."""

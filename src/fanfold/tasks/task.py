@@ -75,7 +75,7 @@ class BadRows(Exception):
 
 
 class Opened(Protocol):
-    """A task on one unit, with what it has loaded."""
+    """A task on one unit, with what it has loaded. Where it has a `close`, that is called before it is forgotten."""
 
     def prepare(self, texts: Sequence[str], rows: Sequence[int]) -> Prepared:
         """Needs the tokenizer only. `rows`: where the texts stand in the input, from 0.
