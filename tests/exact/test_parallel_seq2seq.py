@@ -202,6 +202,12 @@ def test_stages_and_cut_sequences_of_an_encoder_decoder_together_are_refused():
     assert caught.value.do == "use context=2 and tensor=2"
 
 
+def test_the_sequence_of_a_decoder_without_its_encoder_is_not_cut():
+    with pytest.raises(PlanError) as caught:
+        check_split(config_named("bart", "BartForCausalLM", {}), Split(context=2))
+    assert caught.value.found == "BartForCausalLM, a decoder without its encoder"
+
+
 def test_a_decoder_input_that_is_not_given_is_the_shifted_labels(bart):
     whole = transformers.BartForConditionalGeneration.from_pretrained(bart, dtype=torch.float64).eval()
     ids = torch.randint(5, 101, (3, 9), generator=torch.Generator().manual_seed(4))

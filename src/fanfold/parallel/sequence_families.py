@@ -43,6 +43,14 @@ def check_context(config: Any, split: Split) -> None:
             allowed=", ".join((*ENCODERS, *DECODERS, *STACKS)),
             do="use tensor=N, which cuts its heads and leaves sequences whole",
         )
+    alone = [name for name in config.architectures or () if name.endswith("ForCausalLM")]
+    if config.model_type in STACKS and alone:
+        raise PlanError(
+            asked,
+            found=f"{alone[0]}, a decoder without its encoder",
+            allowed="the whole encoder-decoder, or its encoder",
+            do="use tensor=N or pipeline=N",
+        )
     if config.model_type in STACKS and split.pipeline > 1:
         raise PlanError(
             asked,
