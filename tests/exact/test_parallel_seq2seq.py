@@ -113,7 +113,7 @@ def test_sequences_are_cut_by_every_variant(ranks, tmp_path, name, method, ways,
 def test_every_collective_is_needed(ranks, tmp_path, name, layout):
     saved(name, tmp_path, 2, 1)
     count, idle = tiny_models.idle_collectives(ranks(parse_split(layout)), tmp_path, equal.FLOAT64_PROMISE)
-    assert count >= 10
+    assert count >= 8
     assert idle == []
 
 

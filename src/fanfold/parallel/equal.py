@@ -64,7 +64,7 @@ def compare(
     expected = _outputs(whole, inputs, whole)
     assert expected is not None
     record: dict[str, Any] = {
-        "max_rel_logits": 0.0 if found is None else relative(found[0], expected[0]),
+        "max_rel_logits": 0.0 if found is None else max(map(relative, found[2], expected[2])),
         "max_rel_loss": 0.0 if found is None else relative(found[1], expected[1]),
         "bitwise": found is None or torch.equal(found[0], expected[0]),
         "max_rel_grad": 0.0,
@@ -86,22 +86,28 @@ def compare(
 
 def _outputs(
     model: Any, inputs: dict[str, torch.Tensor], forward: Callable[..., Any]
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Logits and the loss over them; without a head, the hidden states and their product with fixed random numbers.
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]] | None:
+    """Logits, the loss over them, and all that is compared: an encoder's hidden states, too, where there are any.
 
-    None on a pipeline stage that is not the last.
+    Without a head, hidden states and their product with fixed random numbers. None on a pipeline stage that is not the
+    last.
     """
     heads = ("ForCausalLM", "ForMaskedLM", "LMHeadModel", "ForConditionalGeneration")
     if type(model).__name__.endswith(heads):
         out = forward(**inputs, labels=labels_for(inputs))
-        return None if out is None else (out.logits, out.loss)
+        return None if out is None else (out.logits, out.loss, _compared(out.logits, out))
     out = forward(**inputs)
     if out is None:
         return None
     values = out.logits if "logits" in out else out.last_hidden_state
     chance = torch.Generator().manual_seed(2)
     weights = torch.randn(values.shape, generator=chance, dtype=torch.float64).to(values.dtype)
-    return values, (values * weights).sum()
+    return values, (values * weights).sum(), _compared(values, out)
+
+
+def _compared(values: torch.Tensor, out: Any) -> list[torch.Tensor]:
+    of_encoder = out.get("encoder_last_hidden_state")
+    return [values] if of_encoder is None else [values, of_encoder]
 
 
 def _gradients(share: Any, whole: Any) -> dict[str, Any]:

@@ -47,7 +47,9 @@ class Experts(nn.Module):  # type: ignore[misc]
                 found = F.linear(self.act_fn(gate) * up, self.down_proj[local]) * weights[token, place, None]
                 out = out.index_add(0, token, found.to(out.dtype))
         if torch.is_grad_enabled() and not out.requires_grad:
-            out = out + 0 * (hidden[:1].sum() + weights.sum())  # nobody chose this unit: it still takes part backward
+            # nobody chose this unit: it still takes part backward, with gradients that are zero
+            of_all = hidden[:1].sum() + weights.sum() + self.gate_up_proj[0, 0, 0] + self.down_proj[0, 0, 0]
+            out = out + 0 * of_all.to(out.dtype)
         for comm in self._comms:
             out = comm.reduce(out, self._name)
         return out
