@@ -18,7 +18,7 @@ from fanfold.parallel.inputs import inputs_for, labels_for
 from fanfold.parallel.split import load_share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from fanfold.parallel.comm import Comm
@@ -64,7 +64,7 @@ def compare(
     expected = _outputs(whole, inputs, whole)
     assert expected is not None
     record: dict[str, Any] = {
-        "max_rel_logits": 0.0 if found is None else max(map(relative, found[2], expected[2])),
+        "max_rel_logits": 0.0 if found is None else _largest(map(relative, found[2], expected[2])),
         "max_rel_loss": 0.0 if found is None else relative(found[1], expected[1]),
         "bitwise": found is None or torch.equal(found[0], expected[0]),
         "max_rel_grad": 0.0,
@@ -155,8 +155,14 @@ def worst_of(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def largest_error(record: dict[str, Any]) -> float:
     """Of outputs, loss and gradients; infinite where one is not a number."""
-    errors = [float(record[key]) for key in ("max_rel_logits", "max_rel_loss", "max_rel_grad")]
-    return math.inf if any(map(math.isnan, errors)) else max(errors)
+    largest = _largest(float(record[key]) for key in ("max_rel_logits", "max_rel_loss", "max_rel_grad"))
+    return math.inf if math.isnan(largest) else largest
+
+
+def _largest(errors: Iterable[float]) -> float:
+    """NaN where one is NaN: `max` depends on where it stands."""
+    every = list(errors)
+    return next(filter(math.isnan, every), max(every))
 
 
 def promise_of(model_type: str, dtype: str, *, context: int = 1) -> float:
