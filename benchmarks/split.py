@@ -88,14 +88,19 @@ class Timed:
 
 def whole(folder: str, threads: int) -> dict[str, float]:
     import torch
-    import transformers
 
     torch.set_num_threads(threads)
+    return times_of(plain(folder))
+
+
+def plain(folder: str):
+    import transformers
+
     loader = transformers.AutoModel if "bert" in folder else transformers.AutoModelForCausalLM
-    return times_of(loader.from_pretrained(folder).eval())
+    return loader.from_pretrained(folder).eval()
 
 
-def share(folder: str, rank: int, size: int, path: str) -> dict[str, float]:
+def share(folder: str, rank: int, path: str) -> dict[str, float]:
     """One rank's times, and of them what its exchanges took: waiting for the other rank counts."""
     import torch
 
@@ -105,16 +110,15 @@ def share(folder: str, rank: int, size: int, path: str) -> dict[str, float]:
     from fanfold.parallel.split import load_share
 
     torch.set_num_threads(1)
-    split = Split(tensor=size)
+    split = Split(tensor=RANKS)
     groups = Groups(path, rank, split, 600.0)
-    transport = Timed(groups.along("tensor")) if size > 1 else groups.along("tensor")
+    transport = Timed(groups.along("tensor"))
     try:
         model = load_share(folder, Comm(transport), torch.float32, split=split).model
         groups.world.barrier("loaded")
         start_s = time.perf_counter()
         found = times_of(model)
-        if size > 1:
-            found["exchanges"] = transport.seconds / (time.perf_counter() - start_s)
+        found["exchanges"] = transport.seconds / (time.perf_counter() - start_s)
         return found
     finally:
         groups.close()
@@ -123,7 +127,6 @@ def share(folder: str, rank: int, size: int, path: str) -> dict[str, float]:
 def overhead(folder: str, path: str) -> dict[str, float]:
     """tensor=1 over plain transformers in time: medians of ratios of neighbours, both orders alike."""
     import torch
-    import transformers
 
     from fanfold.parallel.comm import Comm
     from fanfold.parallel.groups import Groups
@@ -131,10 +134,9 @@ def overhead(folder: str, path: str) -> dict[str, float]:
     from fanfold.parallel.split import load_share
 
     torch.set_num_threads(1)
-    loader = transformers.AutoModel if "bert" in folder else transformers.AutoModelForCausalLM
     groups = Groups(path, 0, Split(), 600.0)
     models = [
-        loader.from_pretrained(folder).eval(),
+        plain(folder),
         load_share(folder, Comm(groups.along("tensor")), torch.float32, split=Split()).model,
     ]
     ids = torch.randint(5, 30_000, (1, PREFILL), generator=torch.Generator().manual_seed(1))
@@ -180,7 +182,7 @@ def run(what: str, folder: str) -> dict[str, float]:
     from fanfold.parallel.shared_file import new_path
 
     size = RANKS if what in ("tensor=2", "tp_plan") else 1
-    path = new_path() if what.startswith("tensor") or what == "overhead" else ""
+    path = new_path() if what in ("tensor=2", "overhead") else ""
     processes = []
     for rank in range(size):
         environment = {**child_environment(threads=2 if what == "whole" else 1), "GLOO_SOCKET_IFNAME": "lo"}
@@ -204,8 +206,8 @@ def one(what: str, folder: str, rank: int, path: str) -> None:
         found = tp_plan(folder, rank)
     elif what == "overhead":
         found = overhead(folder, path)
-    elif what.startswith("tensor"):
-        found = share(folder, rank, int(what[-1]), path)
+    elif what == "tensor=2":
+        found = share(folder, rank, path)
     else:
         found = whole(folder, 2 if what == "whole" else 1)
     print(json.dumps(found))

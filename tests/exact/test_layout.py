@@ -65,7 +65,7 @@ def test_split_units_give_the_vectors_of_whole_ones_and_pass_verify(docs, whole,
     assert verdict.max_difference <= 1e-5
 
 
-def test_no_process_is_left_of_a_split_model_that_nobody_refers_to(docs, tmp_path):
+def test_verify_leaves_no_process_of_a_split_model(docs, tmp_path):
     ff.embed(docs, tmp_path / "out", on="cpu:2", layout="tensor=2")
     engines.shutdown()
     gc.disable()

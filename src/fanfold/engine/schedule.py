@@ -221,6 +221,11 @@ class Schedule:
         """Whether any unit has an instruction."""
         return bool(self._out)
 
+    @property
+    def leases(self) -> list[Compute]:
+        """Those that units have now."""
+        return [out for out in self._out.values() if isinstance(out, Compute)]
+
     def validate_state(self) -> None:
         """Raise InternalError where a piece of an open window is neither in line, nor out, nor committed once."""
         for index, window in self._open.items():

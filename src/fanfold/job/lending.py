@@ -47,7 +47,6 @@ class Lending:
     _firsts: dict[int, int] = field(default_factory=dict)  # open window -> its first piece
     _early_deaths: int = 0
     _failure: tuple[int, BaseException] | None = None  # first piece of the lowest lease that failed, and why
-    _out: dict[str, int] = field(default_factory=dict)  # unit -> first piece of its lease
     _num_left: int = 0
     _num_windows: int = 0
     _ended: bool = False
@@ -85,14 +84,13 @@ class Lending:
             instruction = self._schedule.next_for(unit.name)
         if not isinstance(instruction, Compute):
             return None
-        first = self._firsts[instruction.window] + instruction.first
+        first = self._first_of(instruction)
         if self._failure is not None and first >= self._failure[0]:
-            self._schedule.gave_up(unit.name)
-            if all(begin > self._failure[0] for begin in self._out.values()):  # what was lost is in line again, before
+            self._schedule.gave_up(unit.name)  # what was lost would have been in line before it
+            if all(self._first_of(lease) > self._failure[0] for lease in self._schedule.leases):
                 raise self._failure[1]
             return None
         self._at.pop(unit.name, None)  # of the lease before
-        self._out[unit.name] = first
         pieces = range(first, first + instruction.last + 1 - instruction.first)
         items: Sequence[Any] | bytes = [self.stock.lent(piece, self.to) for piece in pieces]
         if self.to != "here":
@@ -118,11 +116,10 @@ class Lending:
     def finished(self, results: Sequence[tuple[Unit, Assignment, Any]]) -> None:
         for unit, assignment, result in results:
             if isinstance(result, Broken):
-                self._fails(unit, result.raised())
+                self._fails(unit, assignment, result.raised())
                 continue
             lease = assignment.instruction
             assert isinstance(lease, Compute)
-            self._out.pop(unit.name, None)
             last, blocks, elapsed_s = result if self.to == "here" else pickle.loads(result)
             if self._schedule.computed(unit.name, lease, last, elapsed_s):
                 self._num_left -= last + 1 - lease.first
@@ -132,17 +129,21 @@ class Lending:
                     self.take(level, index, part, assignment.detail.places[0])
 
     def failed(self, unit: Unit, assignment: Assignment, failure: Failure) -> None:
-        self._fails(unit, failure.error)
+        self._fails(unit, assignment, failure.error)
 
-    def _fails(self, unit: Unit, error: BaseException) -> None:
-        first = self._out.pop(unit.name)
+    def _fails(self, unit: Unit, assignment: Assignment, error: BaseException) -> None:
+        assert isinstance(assignment.instruction, Compute)
+        first = self._first_of(assignment.instruction)
         self._schedule.gave_up(unit.name)
         if self._failure is None or first < self._failure[0]:
             self._failure = first, error
 
+    def _first_of(self, lease: Compute) -> int:
+        """Its first piece among all."""
+        return self._firsts[lease.window] + lease.first
+
     def lost(self, unit: Unit, assignment: Assignment | None, cause: str) -> None:
         self._schedule.gave_up(unit.name)
-        self._out.pop(unit.name, None)
         at = self._at.pop(unit.name, None)
         if assignment is None:
             return

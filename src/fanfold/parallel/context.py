@@ -12,7 +12,7 @@ Sources: Llama 3 (arXiv 2407.21783, 3.3.2); Ulysses (arXiv 2309.14509); Ring Att
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,9 +48,7 @@ class Over:
 
 def allgather(comm: Comm, over: Over, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, name: str) -> torch.Tensor:
     k, v = _Gathered.apply(k, v, comm, over.keys, name)
-    tiles = over.mask.tiles(over.cut.runs[comm.rank], [range(over.keys.length)], over.bias)
-    out: torch.Tensor = Local.apply(q, k, v, over.table, over.bias, over.mask, tiles, over.scale)
-    return out
+    return _over_all_keys(over, q, k, v, over.cut.runs[comm.rank])
 
 
 def ulysses(comm: Comm, over: Over, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, name: str) -> torch.Tensor:
@@ -60,14 +58,18 @@ def ulysses(comm: Comm, over: Over, q: torch.Tensor, k: torch.Tensor, v: torch.T
     else:
         (q,) = _Heads.apply(comm, over.cut, (heads,), name, q)
         k, v = _Heads.apply(comm, over.keys, (kv, kv), f"{name} keys", k, v)
-    bias = over.bias
-    if bias is not None:
+    if over.bias is not None:
         mine = heads[comm.rank]
-        bias = Bias(bias.table[:, mine.start : mine.stop], bias.bucket)
-    tiles = over.mask.tiles([range(over.cut.length)], [range(over.keys.length)], bias)
-    out = Local.apply(q, k, v, None if bias is None else bias.table, bias, over.mask, tiles, over.scale)
+        over = replace(over, bias=Bias(over.bias.table[:, mine.start : mine.stop], over.bias.bucket))
+    out = _over_all_keys(over, q, k, v, [range(over.cut.length)])
     back: torch.Tensor = _Tokens.apply(out, comm, over.cut, heads, name)
     return back
+
+
+def _over_all_keys(over: Over, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: list[range]) -> torch.Tensor:
+    tiles = over.mask.tiles(queries, [range(over.keys.length)], over.bias)
+    out: torch.Tensor = Local.apply(q, k, v, over.table, over.bias, over.mask, tiles, over.scale)
+    return out
 
 
 def ring(comm: Comm, over: Over, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, name: str) -> torch.Tensor:

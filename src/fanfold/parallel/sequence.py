@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fanfold.errors import PlanError
 from fanfold.parallel.positions import Positions, cut_positions
-from fanfold.parallel.sequence_attention import RUN, Run, called, every_position, use_attention
+from fanfold.parallel.sequence_attention import RUN, Run, called, every_position, mean_loss, use_attention
 from fanfold.parallel.sequence_families import sees_all
 
 if TYPE_CHECKING:
@@ -170,16 +170,12 @@ class Sequence:
         return type(out)(**found)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, cut: Positions) -> torch.Tensor:
-        """The mean over all tokens that have a label. Labels [B, S] are shifted before they are cut."""
+        """Labels [B, S] are shifted before they are cut."""
         if type(self.model).__name__.endswith(_SHIFTED):
             labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
         if type(self.model).__name__.endswith(_SHIFTED) or self.model.config.model_type in _FLOAT_LOSS:
             logits = logits.float()  # as the model's own loss does
-        mine = labels[:, cut.of_rank[self.comm.rank]].clamp(min=0)
-        chosen = F.log_softmax(logits, -1).gather(-1, mine[..., None])[..., 0]
-        every = self.side_by_side(chosen, cut, "loss")
-        target = torch.where(labels == -100, -100, 0)
-        return F.nll_loss(every.reshape(-1, 1), target.reshape(-1))
+        return mean_loss(logits, labels, self.comm, cut)
 
     def side_by_side(self, x: torch.Tensor, cut: Positions, name: str) -> torch.Tensor:
         """[B, s, ...] -> [B, S, ...]; the same tensor is gathered once."""

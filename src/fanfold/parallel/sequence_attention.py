@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.nn import functional as F
 
 from fanfold.errors import InternalError, PlanError
 from fanfold.parallel.context import METHODS, Over
@@ -80,6 +81,14 @@ class _Positions(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return grad[:, ctx.mine], None, None, None
+
+
+def mean_loss(logits: torch.Tensor, labels: torch.Tensor, comm: Comm, cut: Positions) -> torch.Tensor:
+    """The mean over all tokens that have a label: logits [B, s, V] of own positions, labels [B, S] of all."""
+    mine = labels[:, cut.of_rank[comm.rank]].clamp(min=0)
+    chosen = F.log_softmax(logits, -1).gather(-1, mine[..., None])[..., 0]
+    every = every_position(chosen, comm, cut, "loss")
+    return F.nll_loss(every.reshape(-1, 1), torch.where(labels == -100, -100, 0).reshape(-1))
 
 
 # -- what transformers calls ----------------------------------------------------------------------------------

@@ -43,21 +43,8 @@ def check_context(config: Any, split: Split) -> None:
             allowed=", ".join((*ENCODERS, *DECODERS, *STACKS)),
             do="use tensor=N, which cuts its heads and leaves sequences whole",
         )
-    alone = [name for name in config.architectures or () if name.endswith("ForCausalLM")]
-    if config.model_type in STACKS and alone:
-        raise PlanError(
-            asked,
-            found=f"{alone[0]}, a decoder without its encoder",
-            allowed="the whole encoder-decoder, or its encoder",
-            do="use tensor=N or pipeline=N",
-        )
-    if config.model_type in STACKS and split.pipeline > 1:
-        raise PlanError(
-            asked,
-            found=f"a {config.model_type}, whose first and last block cut the sequence and put it together",
-            allowed="context with tensor, or pipeline with tensor",
-            do=f"use context={split.context} and tensor={split.pipeline}",
-        )
+    if config.model_type in STACKS:
+        _check_stacks(config, split, asked)
     if split.context_method == "ring" and has_windows(config):
         raise PlanError(
             asked,
@@ -72,3 +59,21 @@ def check_context(config: Any, split: Split) -> None:
                 head_shares(len(heads.heads), len(heads.kv), split.context)
             except PlanError as error:
                 raise PlanError(asked, found=error.found, allowed=error.allowed, do=error.do) from None
+
+
+def _check_stacks(config: Any, split: Split, asked: str) -> None:
+    alone = [name for name in config.architectures or () if name.endswith("ForCausalLM")]
+    if alone:
+        raise PlanError(
+            asked,
+            found=f"{alone[0]}, a decoder without its encoder",
+            allowed="the whole encoder-decoder, or its encoder",
+            do="use tensor=N or pipeline=N",
+        )
+    if split.pipeline > 1:
+        raise PlanError(
+            asked,
+            found=f"a {config.model_type}, whose first and last block cut the sequence and put it together",
+            allowed="context with tensor, or pipeline with tensor",
+            do=f"use context={split.context} and tensor={split.pipeline}",
+        )

@@ -12,17 +12,16 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.nn import functional as F
-
 from fanfold.errors import PlanError
 from fanfold.parallel.positions import Positions, cut_positions
-from fanfold.parallel.sequence_attention import RUN, Run, called, every_position, use_attention
+from fanfold.parallel.sequence_attention import RUN, Run, called, every_position, mean_loss, use_attention
 from fanfold.parallel.stacks import Stack, behind, stacks_of
 from fanfold.parallel.tiles import Bias
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
 
     from fanfold.parallel.comm import Comm
     from fanfold.parallel.mesh import ContextMethod
@@ -71,7 +70,7 @@ class StackSequence:
         if self._lm:
             assert self._last is not None
             if labels is not None:
-                found["loss"] = self._loss(found["logits"], labels, self._last)
+                found["loss"] = mean_loss(found["logits"], labels, self.comm, self._last)
             found["logits"] = every_position(found["logits"], self.comm, self._last, "logits")
         return type(out)(**found)
 
@@ -87,13 +86,6 @@ class StackSequence:
         ids: torch.Tensor = shift(labels)
         return ids
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, cut: Positions) -> torch.Tensor:
-        """The mean over all tokens that have a label, [B, S]."""
-        mine = labels[:, cut.of_rank[self.comm.rank]].clamp(min=0)
-        chosen = F.log_softmax(logits, -1).gather(-1, mine[..., None])[..., 0]
-        every = every_position(chosen, self.comm, cut, "loss")
-        return F.nll_loss(every.reshape(-1, 1), torch.where(labels == -100, -100, 0).reshape(-1))
-
     # -- stacks ---------------------------------------------------------------------------------------
 
     def _cut(self, stack: Stack, *, stays_cut: bool) -> None:
@@ -106,7 +98,7 @@ class StackSequence:
             if encoder_hidden_states is not None:
                 run.keys = cut_positions(encoder_hidden_states.shape[1], self.comm.size, balanced=False)
                 inputs["encoder_hidden_states"] = encoder_hidden_states[:, run.keys.of_rank[self.comm.rank]]
-            return called(lambda **named: inner(*args, **named), run, inputs)
+            return called(functools.partial(inner, *args), run, inputs)
 
         owner.forward = forward
 

@@ -72,8 +72,7 @@ def behind(model: Any) -> set[str]:
     for name, module in model.named_modules():
         seen = seen or name == last.name
         inside, leaf = module is last.blocks or name.startswith(f"{last.name}."), name.rpartition(".")[2]
-        late = seen or (leaf in _AFTER and name.startswith(f"{last.owner}."))
-        if late and not inside and leaf not in _BEFORE:
+        if not inside and _is_late(leaf, seen) and (seen or name.startswith(f"{last.owner}.")):
             found |= {f"{name}.{one}" for one, _ in module.named_parameters(recurse=False)}
     return found
 
@@ -168,9 +167,13 @@ def _stages_of(found: Holdings, module: str, seen: int) -> list[int]:
             return [next(stage for stage in holding if int(block) in found.mine[stage][number])]
         if not several or module.startswith(stack.owner + "."):
             leaf = module.rpartition(".")[2]
-            late = (seen >= number or leaf in _AFTER) and leaf not in _BEFORE
-            return [holding[-1] if late else holding[0]]
+            return [holding[-1] if _is_late(leaf, seen >= number) else holding[0]]
     return [len(found.mine) - 1] if seen >= 0 else []
+
+
+def _is_late(leaf: str, seen: bool) -> bool:
+    """Whether a module outside of the blocks works behind them. seen: it is named behind them."""
+    return (seen or leaf in _AFTER) and leaf not in _BEFORE
 
 
 def _every_block_has_it(stack: Stack) -> bool:
